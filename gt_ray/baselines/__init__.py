@@ -1,0 +1,1 @@
+"""What the Grad-Transformer is compared with: the controls of DESIGN.md section 6."""

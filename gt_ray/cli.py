@@ -1,0 +1,193 @@
+"""`gt-ray`: the verbs of a study; `python jobs/<verb>.py` is the same, by hand or by `ray job submit`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gt_ray import progress
+from gt_ray.config import Config, load_config, preset_names
+from gt_ray.errors import UserError
+from gt_ray.updates.pooling import Pooling
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Turn the update of a small fine-tuned language model into an update of a large one.",
+)
+
+Preset = Annotated[
+    str, typer.Option("--preset", "-p", help=f"Preset, or a YAML file. Presets: {', '.join(preset_names())}")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value]...", help="Config overrides, such as `curation.shadows=60`."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+def _config(preset: str, overrides: list[str] | None, quiet: bool) -> Config:
+    progress.quiet(quiet)
+    return load_config(preset, overrides or [])
+
+
+@app.command(epilog="Example: `gt-ray curate --preset embedded curation.shadows=60`")
+def curate(preset: Preset = "embedded", overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Fine-tune both models on every shadow and keep the updates in the store (section 4.1)."""
+    from gt_ray.studies.pipeline import curate_stage, prepare
+
+    curate_stage(prepare(_config(preset, overrides, quiet)))
+
+
+@app.command(epilog="Example: `gt-ray train --preset embedded grad_transformer.training.epochs=40`")
+def train(preset: Preset = "embedded", overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Train the Grad-Transformer on the curated tuples (section 4.2)."""
+    from gt_ray.studies.pipeline import prepare, train_stage
+
+    train_stage(prepare(_config(preset, overrides, quiet)))
+
+
+@app.command(
+    epilog="Example: `gt-ray generate --preset embedded --update a.safetensors --update b.safetensors --out adapter`"
+)
+def generate(
+    preset: Preset = "embedded",
+    overrides: Overrides = None,
+    update: Annotated[
+        list[Path] | None,
+        typer.Option(help="Update file of a client; repeat it for several, which are pooled."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the LLM adapter that is made from --update.")] = Path("adapter"),
+    pooling: Annotated[Pooling, typer.Option(help="How several updates become one.")] = "mean",
+    quiet: Quiet = False,
+) -> None:
+    """Generate LLM adapters (section 4.3): from --update files, or else from the study's simulated clients."""
+    from gt_ray.studies.pipeline import generate_files, generate_stage, prepare
+
+    study = prepare(_config(preset, overrides, quiet))
+    if update:
+        generate_files(study, update, out, pooling)
+    else:
+        generate_stage(study)
+
+
+@app.command(epilog="Example: `gt-ray evaluate --preset embedded evaluation.test_rows=100`")
+def evaluate(preset: Preset = "embedded", overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Score P_S, P_T, base models, ours and the controls; write `report.json` and `report.html`."""
+    from gt_ray.studies.pipeline import evaluate_stage, prepare
+
+    _print(evaluate_stage(prepare(_config(preset, overrides, quiet))))
+
+
+@app.command(epilog="Example: `gt-ray pipeline --preset embedded seed=1`")
+def pipeline(preset: Preset = "embedded", overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """The main job: curate, train, generate, evaluate; prints the table."""
+    from gt_ray.studies.pipeline import pipeline as run_pipeline
+
+    _print(run_pipeline(_config(preset, overrides, quiet)))
+
+
+@app.command(
+    epilog="Example: `gt-ray study --preset embedded --cell 'curation.shadows=60' --cell 'seed=1' --name sizes`"
+)
+def study(
+    preset: Preset = "embedded",
+    cell: Annotated[
+        list[str] | None,
+        typer.Option(help="Overrides of one cell, separated by spaces; repeat it for every cell."),
+    ] = None,
+    overrides: Overrides = None,
+    name: Annotated[str, typer.Option(help="Study folder under `runs`.")] = "study",
+    quiet: Quiet = False,
+) -> None:
+    """Run the main job once per cell, a list of overrides over a base preset; finished cells are skipped."""
+    from gt_ray.studies.study import run_study
+
+    progress.quiet(quiet)
+    run_study(preset, overrides or [], [text.split() for text in cell or [""]], name)
+
+
+@app.command(epilog="Example: `gt-ray presets`")
+def presets() -> None:
+    """List the presets."""
+    for name in preset_names():
+        typer.echo(name)
+
+
+def _print(report: dict[str, Any]) -> None:
+    from gt_ray.studies.report import print_table
+
+    print_table(report)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `gt-ray`. Exit codes: 0 done, 2 bad input, 130 interrupted."""
+    sys.exit(run(lambda: app(arguments)))
+
+
+def job(verb: str) -> None:
+    """Entry point of `python jobs/<verb>.py`."""
+    main([verb, *sys.argv[1:]])
+
+
+def run(call: Callable[[], Any]) -> int:
+    """Call, turning what a user can mend into one line and an exit code."""
+    try:
+        call()
+    except SystemExit as stop:  # typer ends so; usage errors it has explained by then
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if code == INTERRUPTED:
+            _say_interrupted()
+        return code
+    except KeyboardInterrupt:
+        _say_interrupted()
+        return INTERRUPTED
+    except Exception as error:
+        cause = _user_error(error)
+        if cause is None:
+            raise
+        # Behind the first line stands what Ray adds.
+        _say(f"error: {str(cause).partition(chr(10))[0]}")
+        return 2
+    return 0
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The UserError inside what Ray wrapped around it."""
+    seen: set[int] = set()
+    queue = [error]
+    while queue:
+        found = queue.pop()
+        if found is None or id(found) in seen:
+            continue
+        inner = getattr(found, "cause", None)
+        # Ray's RayTaskError(UserError) is a UserError too, whose text is a traceback.
+        if isinstance(found, UserError) and not isinstance(inner, UserError):
+            return found
+        seen.add(id(found))
+        queue += [
+            found.__cause__,
+            inner,
+            *getattr(found, "worker_failures", {}).values(),
+        ]
+    return None
+
+
+def _say_interrupted() -> None:
+    _say("interrupted; finished units are kept, run the same command again to go on")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

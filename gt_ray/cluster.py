@@ -1,0 +1,24 @@
+"""Connecting to Ray: the running cluster if there is one, this machine otherwise."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from gt_ray.errors import require
+
+
+def connect() -> Any:
+    """The `ray` module, connected. Uses RAY_ADDRESS (set inside `ray job submit`), else starts Ray on this machine."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray = require("ray", "ray")
+    data = require("ray.data", "ray")
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    context = data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True  # the order of training tuples is part of a seed
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return ray

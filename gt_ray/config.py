@@ -1,0 +1,271 @@
+"""The study config: one typed tree, loaded from a YAML preset, changed by dotted overrides (`curation.shadows=300`)."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gt_ray.errors import UserError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are errors, values cannot change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoraSettings(Section):
+    """The adapter that every fine-tune of a model trains (appendix C.1: query and key, rank 2)."""
+
+    rank: int = Field(2, ge=1)
+    alpha: float = Field(4.0, gt=0)
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj")
+
+
+class FineTuneSettings(Section):
+    """How a model is fine-tuned on one data set; the defaults are Table 5."""
+
+    steps: int = Field(20000, ge=1, description="optimizer steps")
+    learning_rate: float = Field(1e-5, gt=0, description="peak of the linear schedule")
+    batch_size: int = Field(16, ge=1, description="samples per optimizer step (the paper: 1 x 16 accumulated)")
+    clip_norm: float = Field(0.1, gt=0, description="gradient clipping norm")
+    weight_decay: float = Field(0.01, ge=0)
+    max_length: int = Field(4096, ge=8, description="tokens; longer samples are errors")
+    mechanism: Literal["sft"] = "sft"
+
+
+class ModelSettings(Section):
+    """One model of the pair."""
+
+    model: str = Field(description="Hub id, folder, or `embedded:tinylm`, `embedded:llm`")
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    lora: LoraSettings = LoraSettings()
+    root_seed: int = Field(0, description="seed that draws A0")
+    fine_tune: FineTuneSettings = FineTuneSettings()
+    adapters_at_once: int = Field(1, ge=1, description="shadows that one worker trains together")
+    num_gpus: float = Field(0, ge=0, description="GPUs of one curation worker")
+
+
+class PairSettings(Section):
+    """The TinyLM (S) that clients fine-tune and the LLM (T) that they want."""
+
+    tinylm: ModelSettings
+    llm: ModelSettings
+
+
+class DataSettings(Section):
+    """Where the rows come from and how they are split."""
+
+    source: Literal["embedded", "files", "hub"] = "hub"
+    folder: Path | None = Field(None, description="source=files: holds <task>/*.jsonl in Hub columns")
+    tasks: tuple[str, ...] = ("aqua_rat", "gsm8k", "commonsense_qa", "drop", "samsum", "dialogsum")
+    private_share: float = Field(0.5, gt=0, lt=1, description="share of the training rows that is private (section 6)")
+    validation_share: float = Field(0.1, gt=0, lt=1, description="share of the public rows that validates")
+    embedded_rows: int = Field(4096, ge=64, description="source=embedded: public training rows of a task")
+    client_test_share: float = Field(0.1, gt=0, lt=1, description="share of a client's rows that tests (Table 2)")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSettings:
+        if self.source == "files" and self.folder is None:
+            raise ValueError("data.source=files needs data.folder=<folder with one folder a task>")
+        return self
+
+
+class CurationSettings(Section):
+    """Shadows: how many, how large, how drawn (section 4.1)."""
+
+    shadows: int = Field(300, ge=2)
+    samples: int = Field(1024, ge=1, description="rows of a shadow")
+    snapshots: int = Field(8, ge=1, description="updates kept of every run, the last among them")
+    snapshot_spacing: int = Field(1, ge=1, description="optimizer steps between two snapshots")
+    plan: Literal["domains", "iid"] = Field(
+        "domains",
+        description="domains: task and domain first, then rows; iid: rows of all tasks alike (the paper's)",
+    )
+    overlap: bool = Field(True, description="may two shadows share rows")
+    seed: int = 0
+    workers: int = Field(1, ge=1, description="fine-tuning actors")
+
+    @property
+    def snapshot_steps(self) -> tuple[int, ...]:
+        """Optimizer steps from the end, largest first; the last is 0 (decision 4)."""
+        return tuple(j * self.snapshot_spacing for j in reversed(range(self.snapshots)))
+
+
+class PhiSettings(Section):
+    """The encoder-decoder: a T5 by Hub id or folder, or one from scratch by size."""
+
+    pretrained: str | None = Field(None, description="Hub id or folder, e.g. google/flan-t5-large")
+    d_model: int = Field(128, ge=8)
+    layers: int = Field(2, ge=1, description="encoder layers, and as many decoder layers")
+    heads: int = Field(4, ge=1)
+    d_ff: int = Field(256, ge=8)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class TrainingSettings(Section):
+    """How the Grad-Transformer is trained (section 4.2)."""
+
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(32, ge=1, description="tuples per optimizer step, over all workers")
+    learning_rate: float = Field(5e-5, gt=0, description="the paper: 2e-5 to 8e-5")
+    warmup_share: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    pool_max: int = Field(1, ge=1, description="N_max: a training input pools 1 to N_max shadows of one task")
+    checkpoint_epochs: int = Field(1, ge=1, description="epochs between two checkpoints and validations")
+    workers: int = Field(1, ge=1)
+    num_gpus: float = Field(0, ge=0, description="GPUs of one training worker")
+    num_cpus: float = Field(1, gt=0, description="CPUs of one training worker")
+    seed: int = 0
+
+
+class GradTransformerSettings(Section):
+    """The network and its training."""
+
+    phi: PhiSettings = PhiSettings(pretrained="google/flan-t5-large")
+    input_clip: float = Field(6.0, gt=0, description="standardised inputs are clipped to +- this (decision 7)")
+    scale_floor: float = Field(0.1, ge=0, description="floor of a scale, as a share of its module's RMS (decision 7)")
+    training: TrainingSettings = TrainingSettings()
+
+
+class ClientSettings(Section):
+    """The simulated organisations whose private data the provider never sees."""
+
+    per_task: int = Field(5, ge=1)
+    samples: int | None = Field(None, ge=1, description="private rows of a client; none: all it has")
+    seed: int = 0
+
+
+class EvaluationSettings(Section):
+    """What is scored and how."""
+
+    test_rows: int | None = Field(None, ge=1, description="test rows of a client; none: all it has")
+    batch_size: int = Field(32, ge=1)
+    max_new_tokens: int = Field(512, ge=1)
+    controls: bool = Field(True, description="score the controls of DESIGN.md section 6")
+    workers: int = Field(1, ge=1)
+    num_gpus: float = Field(0, ge=0, description="GPUs of one scoring worker")
+
+
+class Config(Section):
+    """A study."""
+
+    preset: str = "custom"
+    seed: int = Field(0, description="added to every seed of the tree, so that one number repeats a study")
+    name: str | None = Field(None, description="run folder under `runs`; none: <preset>-seed<seed>")
+    runs: Path = Path("runs")
+    store: Path = Path("store")
+    pair: PairSettings
+    data: DataSettings = DataSettings()
+    curation: CurationSettings = CurationSettings()
+    grad_transformer: GradTransformerSettings = GradTransformerSettings()
+    clients: ClientSettings = ClientSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        for name, model in (("tinylm", self.pair.tinylm), ("llm", self.pair.llm)):
+            needed = self.curation.snapshot_steps[0] + 1
+            if model.fine_tune.steps < needed:
+                raise ValueError(
+                    f"pair.{name}.fine_tune.steps={model.fine_tune.steps} is fewer than the {needed} steps that "
+                    f"curation.snapshots={self.curation.snapshots} at spacing "
+                    f"{self.curation.snapshot_spacing} reach back"
+                )
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        """Where this study's results go."""
+        return self.runs / (self.name or f"{self.preset}-seed{self.seed}")
+
+    def to_yaml(self) -> str:
+        """The full tree, loadable by `load_config`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def preset_names() -> list[str]:
+    """Presets that ship with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_config(preset: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Load a preset by name, or a YAML file by path, and apply `key.path=value` overrides (values are YAML).
+
+    Raises:
+        UserError: unknown preset, key or value; names the nearest known one.
+    """
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
+    if not path.is_file():
+        raise UserError(f"unknown preset {preset!r}{_nearest(preset, preset_names())}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of sections, not {type(tree).__name__}")
+    tree.setdefault("preset", path.stem)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"override {override!r} is not of the form key.path=value")
+        _check_key(key)
+        node = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if not isinstance(child, dict):
+                raise UserError(f"override {override!r}: {parent} is a value, not a section")
+            node = child
+        try:
+            node[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"override {override!r}: the value is not YAML: {error}") from error
+    return _validate(tree, path)
+
+
+def _validate(tree: dict[str, Any], path: Path) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            where = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "extra_forbidden":
+                lines.append(f"unknown config key {where!r}{_nearest(where, known_keys())}")
+            else:
+                lines.append(f"{where or 'config'}: {item['msg'].removeprefix('Value error, ')}")
+        raise UserError(f"{path.name}: " + "; ".join(lines)) from error
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """All dotted keys of the config tree."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _check_key(key: str) -> None:
+    if key not in known_keys():
+        raise UserError(f"unknown config key {key!r}{_nearest(key, known_keys())}")
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    # A wrong parent with a right leaf is the commonest slip, so leaves are compared too.
+    leaf = word.rpartition(".")[2]
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7) or [
+        key for key in known if key.rpartition(".")[2] == leaf
+    ]
+    close = close or difflib.get_close_matches(word, known, n=1, cutoff=0.3)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

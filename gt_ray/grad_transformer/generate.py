@@ -1,0 +1,71 @@
+"""From clients' update files to an LLM adapter (section 4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from gt_ray.errors import UserError
+from gt_ray.grad_transformer.network import GradTransformer
+from gt_ray.pairs.root import Root
+from gt_ray.updates.files import UpdateInfo, read_update, write_adapter
+from gt_ray.updates.pooling import Pooling, pool
+
+
+def check_roots(model: GradTransformer, tinylm: Root, llm: Root) -> None:
+    """Refuse a checkpoint that was trained for another pair.
+
+    Raises:
+        UserError: names both hashes.
+    """
+    for side, root in (("tinylm", tinylm), ("llm", llm)):
+        if model.roots[side] != root.hash:
+            raise UserError(
+                f"the Grad-Transformer was trained for {side} root {model.roots[side]}, but this study's is "
+                f"{root.hash} ({root.base_model}); train again, or use the preset it was trained with"
+            )
+
+
+def generate_adapter(
+    model: GradTransformer,
+    tinylm: Root,
+    llm: Root,
+    updates: Sequence[Path],
+    out: Path,
+    pooling: Pooling = "mean",
+) -> None:
+    """Pool update files of N clients, generate the LLM update (Eq. 2) and write it as a PEFT folder.
+
+    Raises:
+        UserError: no file, or one that is damaged or of another root; nothing is written then.
+    """
+    if not updates:
+        raise UserError("no update file given")
+    check_roots(model, tinylm, llm)
+    read = [read_update(path, tinylm) for path in updates]
+    pooled_Ld = pool(torch.stack([update_Ld for update_Ld, _ in read]), pooling, model.standard_S.mean)
+    generated_Ld = model.generate(pooled_Ld[None])[0]
+    write_adapter(out, generated_Ld, llm, card([info for _, info in read], tinylm, llm, pooling))
+
+
+def card(infos: Sequence[UpdateInfo], tinylm: Root, llm: Root, pooling: str) -> str:
+    """Model card of a generated adapter."""
+    mechanisms = sorted({str(info.mechanism.get("name")) for info in infos})
+    return f"""---
+library_name: peft
+tags: [gt-ray, generated-adapter]
+---
+# Generated adapter
+
+This adapter was **generated, not trained**: a Grad-Transformer made it from {len(infos)} client update(s) of a small
+model (pooling: {pooling}), without access to the clients' data.
+
+| | base model | root |
+|---|---|---|
+| TinyLM, fine-tuned by the clients | `{tinylm.base_model}` | `{tinylm.hash}` |
+| LLM, which this adapter is for | `{llm.base_model}` | `{llm.hash}` |
+
+Learning mechanism stated by the clients: {", ".join(mechanisms)}. Client rows: {sum(info.samples for info in infos)}.
+"""

@@ -1,0 +1,223 @@
+"""The Grad-Transformer: an encoder-decoder phi over block-wise updates (Eq. 6-9, 11).
+
+    h_S^j = W_S(z_S^j) + e_S^j                  a token per block of the TinyLM            (Eq. 6)
+    h_T^j = W_T(z_T^j) + e_T^j                  and per block of the LLM so far            (Eq. 7)
+    g_T^j = phi(h_S, [start, h_T^1 .. h_T^{j-1}])                                          (Eq. 8, 11)
+    z_T^j = W_out(g_T^j)                                                                   (Eq. 9)
+
+z is a standardised block. e is a learned embedding of the block's place, which the paper leaves to phi; phi's relative
+positions do not tell which block a coordinate belongs to. Each group of a layout has its own W_S, W_T, W_out.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from gt_ray.config import PhiSettings
+from gt_ray.errors import UserError
+from gt_ray.grad_transformer.standardise import Standardiser
+from gt_ray.updates.files import write_atomically
+from gt_ray.updates.layout import Layout
+
+if TYPE_CHECKING:
+    from transformers import T5Config, T5Model
+
+FORMAT = "gt-ray-grad-transformer/1"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class BlockEmbedding(nn.Module):
+    """Blocks [N, L, d] to hidden states [N, L, D] by the linear map of their group, plus their place."""
+
+    def __init__(self, layout: Layout, D: int) -> None:
+        super().__init__()
+        self.groups, self.widths = layout.groups, layout.group_widths
+        self.maps = nn.ModuleList(nn.Linear(width, D) for width in self.widths)
+        self.place = nn.Parameter(torch.zeros(layout.L, D))
+
+    def forward(self, z_NLd: Tensor, first: int = 0) -> Tensor:
+        """Embed the blocks `first ..` of the layout."""
+        tokens = [
+            self.maps[group](z_NLd[:, i, : self.widths[group]]) + self.place[first + i]
+            for i, group in enumerate(self.groups[first : first + z_NLd.shape[1]])
+        ]
+        return torch.stack(tokens, 1) if tokens else z_NLd.new_zeros(len(z_NLd), 0, self.place.shape[1])
+
+
+class BlockOutput(nn.Module):
+    """Hidden states [N, L, D] to blocks [N, L, d] by the linear map of their group; starts at zero, the mean update."""
+
+    def __init__(self, layout: Layout, D: int) -> None:
+        super().__init__()
+        self.groups, self.d = layout.groups, layout.d
+        self.maps = nn.ModuleList(nn.Linear(D, width) for width in layout.group_widths)
+        for linear in self.maps:
+            nn.init.zeros_(linear.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+
+    def forward(self, hidden_NLD: Tensor, first: int = 0) -> Tensor:
+        """Project the blocks `first ..` of the layout."""
+        rows = [
+            nn.functional.pad(row, (0, self.d - row.shape[-1]))
+            for row in (
+                self.maps[group](hidden_NLD[:, i])
+                for i, group in enumerate(self.groups[first : first + hidden_NLD.shape[1]])
+            )
+        ]
+        return torch.stack(rows, 1)
+
+
+class GradTransformer(nn.Module):
+    """M: [N, L_S, d_S] -> [N, L_T, d_T].
+
+    Attributes:
+        roots: hashes of the TinyLM and the LLM root whose updates it reads and generates.
+    """
+
+    def __init__(
+        self, layout_S: Layout, layout_T: Layout, phi: T5Model, roots: dict[str, str], input_clip: float = 6.0
+    ) -> None:
+        super().__init__()
+        self.layout_S, self.layout_T, self.roots, self.input_clip = layout_S, layout_T, roots, input_clip
+        D = phi.config.d_model
+        self.standard_S = Standardiser(layout_S.L, layout_S.d)
+        self.standard_T = Standardiser(layout_T.L, layout_T.d)
+        self.embed_S = BlockEmbedding(layout_S, D)
+        self.embed_T = BlockEmbedding(layout_T, D)
+        self.start = nn.Parameter(torch.randn(D) * D**-0.5)
+        self.phi = phi
+        self.out = BlockOutput(layout_T, D)
+
+    def encode(self, update_S_NLd: Tensor) -> Tensor:
+        """Encoder states [N, L_S, D] of S updates (Eq. 6)."""
+        z_NLd = self.standard_S(update_S_NLd).clamp(-self.input_clip, self.input_clip)
+        states: Tensor = self.phi.encoder(inputs_embeds=self.embed_S(z_NLd)).last_hidden_state
+        return states
+
+    def forward(self, update_S_NLd: Tensor, update_T_NLd: Tensor) -> Tensor:
+        """Teacher forcing: standardised prediction [N, L_T, d_T] of each T block from the true blocks before it."""
+        encoded_NLD = self.encode(update_S_NLd)
+        z_NLd = self.standard_T(update_T_NLd).clamp(-self.input_clip, self.input_clip)
+        start_N1D = self.start.expand(len(update_S_NLd), 1, -1)
+        tokens_NLD = torch.cat([start_N1D, self.embed_T(z_NLd[:, :-1])], 1)
+        hidden_NLD = self.phi.decoder(inputs_embeds=tokens_NLD, encoder_hidden_states=encoded_NLD).last_hidden_state
+        prediction: Tensor = self.out(hidden_NLD)
+        return prediction
+
+    def loss(self, update_S_NLd: Tensor, update_T_NLd: Tensor) -> Tensor:
+        """Eq. 10 on standardised blocks under teacher forcing."""
+        return block_loss(self(update_S_NLd, update_T_NLd), self.standard_T(update_T_NLd))
+
+    def generate_standardised(self, update_S_NLd: Tensor, use_cache: bool = True) -> Tensor:
+        """Free-running generation (Eq. 11): standardised T blocks [N, L_T, d_T]. Differentiable."""
+        encoded_NLD = self.encode(update_S_NLd)
+        token_N1D = self.start.expand(len(update_S_NLd), 1, -1)
+        tokens_NLD, cache, blocks = token_N1D, None, []
+        for j in range(self.layout_T.L):
+            decoded = self.phi.decoder(
+                inputs_embeds=token_N1D if use_cache else tokens_NLD,
+                encoder_hidden_states=encoded_NLD,
+                past_key_values=cache,
+                use_cache=use_cache,
+            )
+            cache = decoded.past_key_values
+            z_N1d = self.out(decoded.last_hidden_state[:, -1:], first=j)
+            blocks.append(z_N1d)
+            token_N1D = self.embed_T(z_N1d.clamp(-self.input_clip, self.input_clip), first=j)
+            tokens_NLD = torch.cat([tokens_NLD, token_N1D], 1)
+        return torch.cat(blocks, 1)
+
+    @torch.no_grad()
+    def generate(self, update_S_NLd: Tensor) -> Tensor:
+        """LLM updates [N, L_T, d_T] from S updates [N, L_S, d_S] (Eq. 2)."""
+        generated: Tensor = self.standard_T.inverse(self.generate_standardised(update_S_NLd))
+        return generated
+
+    def save(self, folder: Path) -> None:
+        """Write weights and config; `load` needs nothing else."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        write_atomically(folder / WEIGHTS, save(weights, {"format": FORMAT}))
+        config = {
+            "format": FORMAT,
+            "layout_S": self.layout_S.to_json(),
+            "layout_T": self.layout_T.to_json(),
+            "roots": self.roots,
+            "input_clip": self.input_clip,
+            "phi": self.phi.config.to_diff_dict(),
+        }
+        write_atomically(folder / CONFIG, json.dumps(config).encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> GradTransformer:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: absent or damaged.
+        """
+        from transformers import T5Config
+
+        try:
+            config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            if config.get("format") != FORMAT:
+                raise UserError(f"{folder} is no Grad-Transformer checkpoint ({FORMAT})")
+            weights = load_file(folder / WEIGHTS)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"no usable Grad-Transformer checkpoint in {folder}: {error}") from error
+        model = cls(
+            Layout.from_json(config["layout_S"]),
+            Layout.from_json(config["layout_T"]),
+            _without_embeddings(T5Config(**config["phi"])),
+            config["roots"],
+            config["input_clip"],
+        )
+        model.load_state_dict(weights)
+        return model.eval()
+
+
+def block_loss(prediction_NLd: Tensor, target_NLd: Tensor) -> Tensor:
+    """Eq. 10: squared L2 norm of a block's error, averaged over tuples and blocks."""
+    return (prediction_NLd - target_NLd).square().sum(-1).mean()
+
+
+def make_phi(settings: PhiSettings) -> T5Model:
+    """phi: a pretrained T5, or one from scratch by size. Without token embeddings, which blocks do not need."""
+    from transformers import T5Config, T5Model
+
+    if settings.pretrained is None:
+        return _without_embeddings(
+            T5Config(
+                vocab_size=1,
+                d_model=settings.d_model,
+                d_kv=settings.d_model // settings.heads,
+                d_ff=settings.d_ff,
+                num_layers=settings.layers,
+                num_heads=settings.heads,
+                dropout_rate=settings.dropout,
+                feed_forward_proj="gated-gelu",
+                relative_attention_max_distance=64,
+            )
+        )
+    try:
+        phi = T5Model.from_pretrained(settings.pretrained)
+    except (OSError, ValueError) as error:
+        raise UserError(f"grad_transformer.phi.pretrained={settings.pretrained!r}: {error}") from error
+    return _drop_embeddings(phi)
+
+
+def _without_embeddings(config: T5Config) -> T5Model:
+    from transformers import T5Model
+
+    return _drop_embeddings(T5Model(config))
+
+
+def _drop_embeddings(phi: T5Model) -> T5Model:
+    phi.shared = phi.encoder.embed_tokens = phi.decoder.embed_tokens = None
+    return phi

@@ -1,0 +1,55 @@
+"""Per-coordinate standardisation, so that a network output of zero is exactly the mean update (decision 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from gt_ray.updates.layout import Layout
+
+
+class Standardiser(nn.Module):
+    """z = (update - mean) / scale, for arrays [..., L, d]; kept in the checkpoint as buffers."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, L: int, d: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(L, d))
+        self.register_buffer("scale", torch.ones(L, d))
+
+    def fit(self, updates: Iterable[Tensor], layout: Layout, floor: float) -> None:
+        """Set mean and scale from training updates, given one [N, L, d] chunk at a time.
+
+        Args:
+            floor: least scale, as a share of the RMS scale of the coordinate's module, or near-constant coordinates
+                would amplify noise (decision 7).
+        """
+        n = 0
+        mean = torch.zeros(layout.L, layout.d, dtype=torch.float64)
+        m2 = torch.zeros(layout.L, layout.d, dtype=torch.float64)
+        for chunk_NLd in updates:  # Chan's parallel update of mean and sum of squared differences
+            chunk_NLd = chunk_NLd.double()
+            count, chunk_mean = len(chunk_NLd), chunk_NLd.mean(0)
+            difference = chunk_mean - mean
+            m2 = m2 + ((chunk_NLd - chunk_mean) ** 2).sum(0) + difference**2 * (n * count / (n + count))
+            mean = mean + difference * (count / (n + count))
+            n += count
+        scale = (m2 / n).sqrt()
+        for row, columns in layout.module_slices:
+            rms = scale[row, columns].square().mean().sqrt()
+            scale[row, columns] = scale[row, columns].clamp(min=float(rms) * floor)
+        scale[scale == 0] = 1.0  # padding, and modules that never moved
+        self.mean.copy_(mean.float())
+        self.scale.copy_(scale.float())
+
+    def forward(self, update: Tensor) -> Tensor:
+        """Update to z."""
+        return (update - self.mean) / self.scale
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """z to update."""
+        return self.mean + self.scale * z

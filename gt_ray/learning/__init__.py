@@ -1,0 +1,1 @@
+"""Learning mechanisms and the engine that fine-tunes many adapters at once. Plain PyTorch, no Ray."""

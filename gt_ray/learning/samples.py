@@ -1,0 +1,67 @@
+"""Rows to token sequences: chat template, target, and where a loss is due."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gt_ray.errors import UserError
+from gt_ray.tasks import Row, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row as token ids; the loss is due on `target` only."""
+
+    prompt: list[int]
+    target: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.target)
+
+
+def prompt_texts(tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row]) -> list[str]:
+    """The rows' prompts as one user turn each, up to where the assistant starts to write."""
+    return [
+        str(tokenizer.apply_chat_template(_user(task, row), tokenize=False, add_generation_prompt=True)) for row in rows
+    ]
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row], max_length: int, where: str = ""
+) -> list[Sample]:
+    """Token ids of prompts and targets; a target ends with the token that ends the assistant's turn.
+
+    Raises:
+        UserError: a row is longer than `max_length` tokens, or the template does not extend its own prompt.
+    """
+    if not rows:
+        return []
+    prompts = prompt_texts(tokenizer, task, rows)
+    targets = []
+    for prompt, row in zip(prompts, rows, strict=True):
+        turns = [*_user(task, row), {"role": "assistant", "content": task.target(row)}]
+        whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        if not whole.startswith(prompt):
+            raise UserError("this chat template changes a prompt once the answer follows; it cannot be fine-tuned on")
+        # What a template adds behind the end-of-turn token (Qwen: a line break) is never generated.
+        answer, eos, _ = whole[len(prompt) :].rpartition(str(tokenizer.eos_token))
+        targets.append(answer + eos if eos else whole[len(prompt) :])
+    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    target_ids = tokenizer(targets, add_special_tokens=False)["input_ids"]
+    samples = [Sample(p, t) for p, t in zip(prompt_ids, target_ids, strict=True)]
+    for number, sample in enumerate(samples):
+        if len(sample) > max_length:
+            raise UserError(
+                f"{where or task.name} row {number} has {len(sample)} tokens, more than max_length {max_length}; "
+                "raise fine_tune.max_length or drop the row"
+            )
+    return samples
+
+
+def _user(task: Task, row: Row) -> list[dict[str, str]]:
+    return [{"role": "user", "content": task.prompt(row)}]

@@ -1,0 +1,1 @@
+"""The whole loop of the paper as stages, sweeps over configs, reports."""

@@ -1,0 +1,187 @@
+"""The main job: curate, train, fine-tune clients, generate, score, report. Every stage skips what is done."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gt_ray.baselines.controls import CONTROLS, Shadows, ShadowSet
+from gt_ray.config import Config
+from gt_ray.curation.run import Study, run_fine_tunes
+from gt_ray.evaluation.run import score
+from gt_ray.evaluation.scorer import System
+from gt_ray.evaluation.summary import report_rows, summarise
+from gt_ray.grad_transformer.generate import generate_adapter
+from gt_ray.grad_transformer.network import GradTransformer
+from gt_ray.progress import say
+from gt_ray.tasks.data import Client
+from gt_ray.training.run import train
+from gt_ray.updates.files import UpdateInfo, read_adapter, read_update, write_atomically, write_update
+from gt_ray.updates.pooling import Pooling
+from gt_ray.updates.store import unit_key
+
+WALL = "wall.json"
+
+
+def prepare(config: Config) -> Study:
+    """Check the input, open the run folder and save the config and the units' keys beside what they produce."""
+    study = Study.load(config)
+    run = config.run_folder
+    keys = {side: [job.key for job in study.shadow_jobs(side)] for side in study.roots}
+    write_atomically(run / "config.yaml", config.to_yaml().encode())
+    write_atomically(run / "units.json", json.dumps(keys).encode())
+    return study
+
+
+def curate_stage(study: Study) -> None:
+    """Section 4.1: both models on every shadow."""
+    with _timed(study, "curate"):
+        run_fine_tunes(study, [*study.shadow_jobs("llm"), *study.shadow_jobs("tinylm")], "curate")
+
+
+def train_stage(study: Study) -> None:
+    """Section 4.2."""
+    with _timed(study, "train"):
+        train(study)
+
+
+def generate_stage(study: Study) -> None:
+    """Section 4.3 for the simulated clients: private fine-tune, update file, generation, LLM adapter."""
+    run = study.config.run_folder
+    with _timed(study, "clients"):
+        jobs = study.client_jobs("tinylm")
+        run_fine_tunes(study, jobs, "clients")
+        fine_tune = study.config.pair.tinylm.fine_tune.model_dump(mode="json")
+        mechanism = {"name": fine_tune.pop("mechanism")}
+        for client, job in zip(study.data.clients, jobs, strict=True):
+            snapshots_JLd, meta = study.store.read(job.key)
+            info = UpdateInfo(fine_tune, meta.samples, mechanism)
+            write_update(update_file(run, client), snapshots_JLd[-1], study.roots["tinylm"], info)
+    with _timed(study, "generate"):
+        model = GradTransformer.load(run / "grad_transformer")
+        for client in study.data.clients:
+            generate_adapter(
+                model,
+                study.roots["tinylm"],
+                study.roots["llm"],
+                [update_file(run, client)],
+                run / "adapters" / client.name,
+            )
+
+
+def generate_files(study: Study, updates: Sequence[Path], out: Path, pooling: Pooling) -> None:
+    """Section 4.3 for clients that are not simulated: pool their update files, write one LLM adapter."""
+    model = GradTransformer.load(study.config.run_folder / "grad_transformer")
+    generate_adapter(model, study.roots["tinylm"], study.roots["llm"], updates, out, pooling)
+    say(f"generate: {len(updates)} update(s) to {out}")
+
+
+def evaluate_stage(study: Study) -> dict[str, Any]:
+    """Ceilings, controls, scores; writes and returns `report.json`."""
+    with _timed(study, "ceilings"):
+        extra = study.public_jobs() if study.config.evaluation.controls else []
+        run_fine_tunes(study, [*study.client_jobs("llm"), *extra], "ceilings")
+    with _timed(study, "evaluate"):
+        results = score(study, systems(study))
+    config = study.config
+    report = {
+        "preset": config.preset,
+        "seed": config.seed,
+        "pair": {side: {"model": root.base_model, "root": root.hash} for side, root in study.roots.items()},
+        "wall_s": _walls(study),
+        "rows": report_rows(results, config.seed),
+        "summary": summarise(results),
+    }
+    write_atomically(config.run_folder / "report.json", json.dumps(report, indent=1).encode())
+    from gt_ray.studies.report import write_html
+
+    write_html(config.run_folder)
+    return report
+
+
+def pipeline(config: Config) -> dict[str, Any]:
+    """All stages; returns the report."""
+    study = prepare(config)
+    curate_stage(study)
+    train_stage(study)
+    generate_stage(study)
+    return evaluate_stage(study)
+
+
+def update_file(run: Path, client: Client) -> Path:
+    """Where a simulated client's update file lies."""
+    return run / "clients" / f"{client.name}.safetensors"
+
+
+def systems(study: Study) -> list[tuple[System, Client]]:
+    """What is scored on whose test rows."""
+    run, store = study.config.run_folder, study.store
+    tinylm, llm = study.roots["tinylm"], study.roots["llm"]
+    shadows = load_shadows(study) if study.config.evaluation.controls else None
+    public = {job.task: store.read(job.key)[0][-1] for job in study.public_jobs()} if shadows else {}
+    model = GradTransformer.load(run / "grad_transformer")
+    work = []
+    for client, ceiling in zip(study.data.clients, study.client_jobs("llm"), strict=True):
+        update_S, _ = read_update(update_file(run, client), tinylm)
+        found = [
+            System("P_S", "tinylm", update_S),
+            System("base_S", "tinylm"),
+            System("P_T", "llm", store.read(ceiling.key)[0][-1]),
+            System("base_T", "llm"),
+            System("ours", "llm", read_adapter(run / "adapters" / client.name, llm)),
+        ]
+        if shadows:
+            z_S_P = model.standard_S(update_S).flatten()
+            found.append(System("public_sft", "llm", public[client.task]))
+            found += [System(name, "llm", control(shadows, z_S_P, client.task)) for name, control in CONTROLS.items()]
+        work += [(system, client) for system in found]
+    return work
+
+
+def load_shadows(study: Study) -> Shadows:
+    """The last updates of all shadows, standardised as the Grad-Transformer's input is."""
+    model = GradTransformer.load(study.config.run_folder / "grad_transformer")
+    sets = {}
+    for validation in (False, True):
+        chosen = [i for i, shadow in enumerate(study.shadows) if shadow.validation == validation]
+        last = {
+            side: torch.stack([study.store.read(study.shadow_jobs(side)[i].key)[0][-1] for i in chosen])
+            for side in study.roots
+        }
+        sets[validation] = ShadowSet(
+            last["tinylm"],
+            last["llm"],
+            model.standard_S(last["tinylm"]).flatten(1),
+            [study.shadows[i].task for i in chosen],
+            [study.shadows[i].domain for i in chosen],
+        )
+    return Shadows(sets[False], sets[True])
+
+
+@contextmanager
+def _timed(study: Study, stage: str) -> Iterator[None]:
+    """Add a stage's wall time to what earlier, interrupted runs of the same study took."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        walls = _walls(study)
+        walls[stage] = walls.get(stage, 0.0) + time.perf_counter() - start
+        record = {"config": unit_key(study.config.model_dump(mode="json")), "wall_s": walls}
+        write_atomically(study.config.run_folder / WALL, json.dumps(record).encode())
+
+
+def _walls(study: Study) -> dict[str, float]:
+    try:
+        record = json.loads((study.config.run_folder / WALL).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    same = record.get("config") == unit_key(study.config.model_dump(mode="json"))
+    walls: dict[str, float] = record["wall_s"] if same else {}
+    return walls

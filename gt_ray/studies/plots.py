@@ -1,0 +1,143 @@
+"""Charts as inline SVG for an HTML page: text stays text, and every colour is one of the page's.
+
+The page defines `--line`, `--base`, `--tuned`, `--ours`, `--control` and `--worse`; text takes the page's colour.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from gt_ray.errors import require
+
+INK = {  # matplotlib draws in these colours; the SVG then names the page's, which differ in light and dark
+    "text": ("#a1b2c1", "currentColor"),
+    "line": ("#a1b2c2", "var(--line)"),
+    "base": ("#a1b2c3", "var(--base)"),
+    "tuned": ("#a1b2c4", "var(--tuned)"),
+    "ours": ("#a1b2c5", "var(--ours)"),
+    "control": ("#a1b2c6", "var(--control)"),
+    "worse": ("#a1b2c7", "var(--worse)"),
+}
+ROLES = {"base_S": "base", "base_T": "base", "P_S": "tuned", "P_T": "tuned", "ours": "ours"}
+NORMAL_95 = 1.96
+LONGEST_LABEL = 28
+INCHES = 3.7, 2.6
+ROW_INCHES = 0.25
+
+
+def role_of(system: str) -> str:
+    """The colour of a system: `base`, `tuned`, `ours`, or `control` for all others."""
+    return ROLES.get(system, "control")
+
+
+def bars(title: str, scores: Mapping[str, float], errors: Mapping[str, float | None], longest: float) -> Markup:
+    """One bar a system with its 95 % error bar.
+
+    Args:
+        scores: percent.
+        errors: standard errors in points; None where unknown.
+        longest: the largest score of all charts that are to be compared.
+    """
+
+    def draw(axes: Any) -> None:
+        for y, (name, score) in enumerate(scores.items()):
+            axes.barh(y, score, height=0.72, color=_ink(role_of(name)))
+            half = NORMAL_95 * (errors.get(name) or 0)
+            if half:
+                axes.hlines(y, max(0.0, score - half), score + half, color=_ink("text"), linewidth=1)
+            axes.annotate(f"{score:.1f}", (score + half, y), (4, 0), textcoords="offset points", va="center")
+        axes.set_xlim(0, max(longest * 1.22, 1))
+        _name_rows(axes, list(scores))
+
+    return _svg(f"Scores of {title}", draw, (INCHES[0], 0.45 + ROW_INCHES * len(scores)))
+
+
+def forest(title: str, intervals: Mapping[str, tuple[float, float, float]]) -> Markup:
+    """Ours minus each system with its 95 % interval (low, difference, high), in points.
+
+    A dot where the interval leaves out zero, a cross where it does not.
+    """
+
+    def draw(axes: Any) -> None:
+        axes.axvline(0, color=_ink("text"), linewidth=1)
+        for y, (low, middle, high) in enumerate(intervals.values()):
+            clear = low > 0 or high < 0
+            colour = _ink(("ours" if low > 0 else "worse") if clear else "tuned")
+            axes.hlines(y, low, high, color=colour, linewidth=2)
+            if clear:
+                axes.plot([middle], [y], "o", markersize=5.5, color=colour)
+            else:
+                axes.plot([middle], [y], "|", markersize=11, markeredgewidth=2, color=colour)
+        axes.margins(x=0.08)
+        axes.grid(axis="x", color=_ink("line"), linewidth=0.7)
+        _name_rows(axes, list(intervals))
+
+    return _svg(f"Ours minus other systems, {title}", draw, (INCHES[0], 0.45 + ROW_INCHES * len(intervals)))
+
+
+def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], reference: float | None = None) -> Markup:
+    """Lines of (step, value), with a dashed line at a reference."""
+
+    def draw(axes: Any) -> None:
+        for role, (label, points) in zip(("ours", "control", "tuned"), lines.items(), strict=False):
+            axes.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=1.8, color=_ink(role), label=label)
+        if reference is not None:
+            axes.axhline(reference, color=_ink("text"), linewidth=1, linestyle="--")
+        axes.grid(color=_ink("line"), linewidth=0.7)
+        axes.set_xlabel("optimizer step")
+        if len(lines) > 1:
+            axes.legend(frameon=False, labelcolor=_ink("text"))
+
+    return _svg(title, draw, INCHES)
+
+
+def _ink(role: str) -> str:
+    return INK[role][0]
+
+
+def _name_rows(axes: Any, names: list[str]) -> None:
+    short = [name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…" for name in names]
+    axes.set_yticks(range(len(names)), labels=short)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(names) - 0.4, -0.6)  # the first on top
+
+
+def _svg(title: str, draw: Callable[[Any], None], inches: tuple[float, float]) -> Markup:
+    matplotlib = require("matplotlib", "eval")
+    figure_module = require("matplotlib.figure", "eval")
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,  # the same input gives the same ids, two charts different ones
+        "text.parse_math": False,
+        "font.size": 10,
+        "axes.edgecolor": _ink("line"),
+        "axes.labelcolor": _ink("text"),
+        "axes.axisbelow": True,
+        "text.color": _ink("text"),
+        "xtick.color": _ink("line"),
+        "ytick.color": _ink("line"),
+        "xtick.labelcolor": _ink("text"),
+        "ytick.labelcolor": _ink("text"),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with matplotlib.rc_context(style):
+        figure = figure_module.Figure(figsize=inches, layout="constrained")
+        draw(figure.subplots())
+        file = io.StringIO()
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # the HTML parser knows them
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # would repeat from chart to chart; nothing refers to them
+    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)  # would style the whole page
+    svg = re.sub(r" font-family: [^;]*;", "", svg)  # the page's
+    for drawn, shown in INK.values():
+        svg = svg.replace(f": {drawn}", f": {shown}")
+    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1))

@@ -1,0 +1,65 @@
+"""Studies: one main job per cell, a list of overrides over a base preset; resumable cell by cell."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from gt_ray.config import Config, load_config
+from gt_ray.errors import UserError
+from gt_ray.progress import say
+from gt_ray.studies.pipeline import pipeline
+from gt_ray.updates.files import write_atomically
+from gt_ray.updates.store import unit_key
+
+
+def run_study(preset: str, common: list[str], cells: list[list[str]], name: str) -> dict[str, Any]:
+    """Run every cell; `runs/<name>/study.json` lists the cells with their overrides and reports.
+
+    All configs are checked before the first cell starts. Cells share the store, so a unit that two need is made once.
+
+    Raises:
+        UserError: a config is wrong, or two cells are the same.
+    """
+    configs = [_cell_config(preset, [*common, *cell], name, number) for number, cell in enumerate(cells)]
+    hashes = [_content(config) for config in configs]
+    if len(set(hashes)) < len(hashes):
+        raise UserError(f"study {name}: two cells are the same: {[' '.join(cell) for cell in cells]}")
+    folder = configs[0].run_folder.parent
+    entries: list[dict[str, Any]] = []
+    for number, (cell, config, content) in enumerate(zip(cells, configs, hashes, strict=True)):
+        report = _finished(config, content)
+        if report is None:
+            say(f"study {name}: cell {number + 1} of {len(cells)}: {' '.join(cell) or 'the preset as it is'}")
+            report = pipeline(config)
+            write_atomically(config.run_folder / "done.json", json.dumps({"config": content}).encode())
+        else:
+            say(f"study {name}: cell {number + 1} of {len(cells)} is done")
+        entries.append(
+            {
+                "overrides": cell,
+                "report": f"{config.run_folder.name}/report.json",
+                "summary": report["summary"],
+            }
+        )
+        tree = {"name": name, "preset": preset, "overrides": common, "cells": entries}
+        write_atomically(folder / "study.json", json.dumps(tree, indent=1).encode())
+    return tree
+
+
+def _cell_config(preset: str, overrides: list[str], name: str, number: int) -> Config:
+    config = load_config(preset, overrides)
+    return config.model_copy(update={"runs": config.runs / name, "name": f"cell-{number}"})
+
+
+def _content(config: Config) -> str:
+    return unit_key(config.model_dump(mode="json", exclude={"name", "runs"}))
+
+
+def _finished(config: Config, content: str) -> dict[str, Any] | None:
+    try:
+        done = json.loads((config.run_folder / "done.json").read_text(encoding="utf-8"))
+        report: dict[str, Any] = json.loads((config.run_folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return report if done.get("config") == content else None

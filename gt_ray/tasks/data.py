@@ -1,0 +1,211 @@
+"""The rows of a study, split once, disjoint by content: public-train, public-validation, private, test (decision 5)."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gt_ray.config import Config
+from gt_ray.errors import UserError, require
+from gt_ray.tasks import TASKS, Row
+from gt_ray.tasks.embedded import DOMAINS, scenarios
+
+PUBLIC = ("public-train", "public-validation")
+
+
+@dataclass(frozen=True)
+class Client:
+    """A simulated organisation: positions of its rows in the pools `(task, "private")` and `(task, "test")`."""
+
+    name: str
+    task: str
+    domain: str
+    private: list[int]
+    test: list[int]
+
+
+@dataclass
+class TaskData:
+    """All rows of a study.
+
+    Attributes:
+        pools: rows by (task, split).
+        clients: who owns which private and test rows.
+    """
+
+    pools: dict[tuple[str, str], list[Row]]
+    clients: list[Client] = field(default_factory=list)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the public rows; part of a curation unit's key."""
+        return fingerprint(row for key in sorted(self.pools) if key[1] in PUBLIC for row in self.pools[key])
+
+    def kinds(self) -> list[tuple[str, str]]:
+        """All (task, domain) of the public training rows; the tasks take turns."""
+        domains = {
+            task: sorted({row.get("domain", "") for row in rows})
+            for (task, split), rows in self.pools.items()
+            if split == "public-train"
+        }
+        turns = itertools.zip_longest(*([(task, domain) for domain in domains[task]] for task in domains))
+        return [kind for turn in turns for kind in turn if kind]
+
+    def positions(self, task: str, split: str, domain: str = "") -> list[int]:
+        """Positions in the pool (task, split) of the rows of a domain; of all rows where it is empty."""
+        pool = self.pools[task, split]
+        return [i for i, row in enumerate(pool) if not domain or row.get("domain", "") == domain]
+
+    def rows(self, task: str, split: str, positions: Iterable[int]) -> list[Row]:
+        """Rows by position."""
+        pool = self.pools[task, split]
+        return [pool[i] for i in positions]
+
+
+def load_data(config: Config) -> TaskData:
+    """The rows of a study, from the source that `data.source` names.
+
+    Raises:
+        UserError: unknown task, missing file or column, an empty split, text that is not UTF-8.
+    """
+    if unknown := [task for task in config.data.tasks if task not in TASKS]:
+        raise UserError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
+    if config.data.source == "embedded":
+        return _embedded(config)
+    pools: dict[tuple[str, str], list[Row]] = {}
+    clients: list[Client] = []
+    for task in config.data.tasks:
+        if config.data.source == "files":
+            assert config.data.folder is not None
+            rows = read_folder(config.data.folder / task, task)
+        else:
+            rows = _hub(task)
+        _split(config, task, rows, pools, clients)
+    return TaskData(pools, clients)
+
+
+def fingerprint(rows: Iterable[Row]) -> str:
+    """SHA-256 of rows in canonical form."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def read_folder(folder: Path, task: str) -> list[Row]:
+    """All rows of the `*.jsonl` files of a folder, in Hub columns.
+
+    Raises:
+        UserError: names file and line.
+    """
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise UserError(f"no *.jsonl file in {folder} (data.folder/<task>)")
+    return [row for file in files for row in read_jsonl(file, task)]
+
+
+def read_jsonl(file: Path, task: str) -> list[Row]:
+    """Rows of one file, checked for the task's columns."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: byte {error.start} is not valid UTF-8; save the file as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+    rows: list[Row] = []
+    # Not splitlines(): JSON strings may hold U+2028, which it would split at.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row: Any = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{file}:{number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{file}:{number}: a row is an object, not {type(row).__name__}")
+        for column in TASKS[task].columns:
+            if column not in row:
+                raise UserError(
+                    f"{file}:{number}: column {column!r} is missing; {task} needs {list(TASKS[task].columns)}"
+                )
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{file} is empty")
+    return rows
+
+
+def _hub(task: str) -> list[Row]:
+    datasets = require("datasets", "ray")
+    try:
+        return list(datasets.load_dataset(*TASKS[task].hub, split="train"))
+    except Exception as error:  # the Hub client raises many unrelated types
+        raise UserError(f"{task}: could not load {'/'.join(TASKS[task].hub)} from the Hub: {error}") from error
+
+
+def _split(
+    config: Config, task: str, rows: list[Row], pools: dict[tuple[str, str], list[Row]], clients: list[Client]
+) -> None:
+    """Halve a training set into private and public (section 6), the private half into clients (Table 2)."""
+    settings = config.data
+    distinct = list({TASKS[task].prompt(row): row for row in rows}.values())
+    random.Random(f"{task}/{settings.seed}").shuffle(distinct)
+    n_private = round(len(distinct) * settings.private_share)
+    private, public = distinct[:n_private], distinct[n_private:]
+    n_validation = round(len(public) * settings.validation_share)
+    pools[task, "public-validation"], pools[task, "public-train"] = (
+        public[:n_validation],
+        public[n_validation:],
+    )
+    pools[task, "private"] = pools[task, "test"] = private
+    for c in range(config.clients.per_task):
+        mine = list(range(c, n_private, config.clients.per_task))
+        n_test = round(len(mine) * settings.client_test_share)
+        test, train = mine[:n_test], mine[n_test:]
+        clients.append(
+            Client(f"{task}-{c}", task, "", train[: config.clients.samples], test[: config.evaluation.test_rows])
+        )
+        if not test or not train:
+            raise UserError(
+                f"{task}: {len(rows)} rows leave client {c} with an empty split; add rows or use fewer clients"
+            )
+    for split in PUBLIC:
+        if not pools[task, split]:
+            raise UserError(f"{task}: {len(rows)} rows leave {split} empty; add rows")
+
+
+def _embedded(config: Config) -> TaskData:
+    """Fresh scenarios; every row belongs to one domain, every client to one too."""
+    seed = config.data.seed + config.seed
+    n_public, samples, n_test = config.data.embedded_rows, config.clients.samples, config.evaluation.test_rows
+    if samples is None or n_test is None:
+        raise UserError("embedded data is endless: set clients.samples and evaluation.test_rows")
+    pools: dict[tuple[str, str], list[Row]] = {}
+    clients: list[Client] = []
+    for number, task in enumerate(config.data.tasks):
+        for split in PUBLIC:
+            drawn = itertools.islice(scenarios(task, split, seed), n_public if split == PUBLIC[0] else n_public // 4)
+            pools[task, split] = [
+                {**by_domain[i % len(DOMAINS)], "domain": DOMAINS[i % len(DOMAINS)]}
+                for i, by_domain in enumerate(drawn)
+            ]
+        client_seed = seed + 7919 * (config.clients.seed + 1)
+        for split in ("private", "test"):
+            pools[task, split] = []
+        streams = {split: scenarios(task, split, client_seed) for split in ("private", "test")}
+        for c in range(config.clients.per_task):
+            # Neighbouring tasks start at another domain, so that few clients still cover all of them.
+            index = (c + number) % len(DOMAINS)
+            owned = {}
+            for split, n in (("private", samples), ("test", n_test)):
+                pool = pools[task, split]
+                owned[split] = list(range(len(pool), len(pool) + n))
+                pool += [{**d[index], "domain": DOMAINS[index]} for d in itertools.islice(streams[split], n)]
+            clients.append(Client(f"{task}-{c}", task, DOMAINS[index], owned["private"], owned["test"]))
+    return TaskData(pools, clients)

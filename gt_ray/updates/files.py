@@ -1,0 +1,185 @@
+"""Update files (`gt-ray-update/1`, a difference) and adapter folders (PEFT, loadable).
+
+The two never mix: an update file names its tensors `delta.<module>...`, an adapter `base_model.model.<module>...`,
+and each reader refuses the other's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from gt_ray.errors import UserError
+from gt_ray.pairs.models import EMBEDDED_PREFIX, resolve
+from gt_ray.pairs.root import Root
+
+FORMAT = "gt-ray-update/1"
+PEFT_PREFIX = "base_model.model."
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class UpdateInfo:
+    """What an update file says of itself.
+
+    Attributes:
+        fine_tune: steps, learning rate, batch size.
+        samples: private rows that it was made from.
+        mechanism: name; for differential privacy also epsilon, delta and how they were counted.
+    """
+
+    fine_tune: dict[str, Any]
+    samples: int
+    mechanism: dict[str, Any] = field(default_factory=lambda: {"name": "sft"})
+
+
+def write_update(path: Path, update_Ld: Tensor, root: Root, info: UpdateInfo) -> None:
+    """Write an update [L, d] as an update file."""
+    _check_finite(update_Ld, str(path))
+    layout = root.layout
+    tensors = {f"delta.{name}": tensor for name, tensor in layout.to_tensors(update_Ld).items()}
+    metadata = {
+        "format": FORMAT,
+        "root": root.hash,
+        "base_model": root.base_model,
+        "layout": layout.to_json(),
+        "fine_tune": json.dumps(info.fine_tune, sort_keys=True),
+        "samples": str(info.samples),
+        "mechanism": json.dumps(info.mechanism, sort_keys=True),
+    }
+    write_atomically(path, save(tensors, metadata))
+
+
+def read_update(path: Path, root: Root) -> tuple[Tensor, UpdateInfo]:
+    """Read an update file made from `root`: the update [L, d] float32 and what it says of itself.
+
+    Raises:
+        UserError: no update file, damaged, of another root, with other tensors, or with values that are not finite.
+    """
+    tensors, metadata = _read(path)
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is not an update file ({FORMAT}); an adapter is not an update")
+    if metadata.get("root") != root.hash:
+        raise UserError(
+            f"{path} was made from root {metadata.get('root')} ({metadata.get('base_model')}), but this "
+            f"Grad-Transformer reads updates of root {root.hash} ({root.base_model}); fine-tune from that root"
+        )
+    if wrong := [name for name in tensors if not name.startswith("delta.")]:
+        raise UserError(f"{path}: tensor {wrong[0]} is not part of an update")
+    update_Ld = root.layout.to_array({name.removeprefix("delta."): tensor for name, tensor in tensors.items()})
+    _check_finite(update_Ld, str(path))
+    try:
+        info = UpdateInfo(
+            json.loads(metadata["fine_tune"]), int(metadata["samples"]), json.loads(metadata["mechanism"])
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: metadata is incomplete: {error}") from error
+    return update_Ld, info
+
+
+def write_adapter(folder: Path, update_Ld: Tensor, root: Root, card: str = "") -> None:
+    """Write root + update (Eq. 3) as a PEFT folder that PEFT and vLLM load unchanged.
+
+    Args:
+        card: model card; the folder's README.md.
+    """
+    from peft import LoraConfig, TaskType
+
+    _check_finite(update_Ld, str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    delta = root.layout.to_tensors(update_Ld.float())
+    tensors = {f"{PEFT_PREFIX}{name}.weight": initial + delta[name] for name, initial in root.initial.items()}
+    embedded = root.base_model.startswith(EMBEDDED_PREFIX)
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=root.lora.rank,
+        lora_alpha=root.lora.alpha,
+        target_modules=list(root.lora.target_modules),
+        # The embedded pair has no Hub id; PEFT and vLLM find it by folder.
+        base_model_name_or_path=str(resolve(root.base_model)) if embedded else root.base_model,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    if card:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    write_atomically(folder / ADAPTER_WEIGHTS, save(tensors, {"format": "pt", "root": root.hash}))
+
+
+def read_adapter(folder: Path, root: Root) -> Tensor:
+    """Read a PEFT adapter of the root's base model as an update [L, d].
+
+    Raises:
+        UserError: no adapter, or one of another root, rank, alpha, target modules or base model.
+    """
+    config_file = folder / "adapter_config.json"
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no PEFT adapter: {config_file.name}: {error}") from error
+    tensors, metadata = _read(folder / ADAPTER_WEIGHTS)
+    short = root.hash[:8]
+    if "root" in metadata and metadata["root"] != root.hash:
+        raise UserError(f"{folder} is an adapter of root {metadata['root']}, not of {root.hash} ({root.base_model})")
+    if "root" not in metadata and config.get("base_model_name_or_path") not in _names(root):
+        raise UserError(
+            f"adapter of base model {config.get('base_model_name_or_path')!r}, but root {short} is of "
+            f"{root.base_model!r} ({config_file}: base_model_name_or_path)"
+        )
+    for key, wanted in (("r", root.lora.rank), ("lora_alpha", root.lora.alpha)):
+        if config.get(key) != wanted:
+            raise UserError(f"adapter {key} {config.get(key)}, but root {short} has {wanted} ({config_file}: {key})")
+    if set(config.get("target_modules") or ()) != set(root.lora.target_modules):
+        raise UserError(
+            f"adapter of target modules {config.get('target_modules')}, but root {short} has "
+            f"{list(root.lora.target_modules)} ({config_file}: target_modules)"
+        )
+    if wrong := [name for name in tensors if not name.startswith(PEFT_PREFIX)]:
+        raise UserError(f"{folder}: tensor {wrong[0]} is not part of a PEFT adapter; is it an update file?")
+    named = {name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor for name, tensor in tensors.items()}
+    update_Ld = root.layout.to_array(named) - root.layout.to_array(root.initial)
+    _check_finite(update_Ld, str(folder))
+    return update_Ld
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all (write, then rename).
+
+    Raises:
+        UserError: the disk is full or not writable; nothing is left behind.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+        partial.rename(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"could not write {path}: {error.strerror or error}; free some space and run it again"
+        ) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def _check_finite(update_Ld: Tensor, where: str) -> None:
+    if not bool(torch.isfinite(update_Ld).all()):
+        raise UserError(f"{where}: the update holds NaN or infinity; the fine-tune diverged, lower its learning rate")
+
+
+def _names(root: Root) -> set[str]:
+    return {root.base_model, str(resolve(root.base_model))}

@@ -1,0 +1,106 @@
+"""Small real models and studies for the tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from gt_ray.config import Config, load_config
+from gt_ray.pairs.models import EMBEDDED
+
+
+def make_model_folder(folder: Path, hidden: int, layers: int, seed: int = 0, dtype: str = "float32") -> Path:
+    """A Qwen2 of random weights with the embedded tokenizer: loads in a moment, generates nonsense."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / "tinylm")
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 32,
+            num_key_value_heads=hidden // 32,
+            intermediate_size=2 * hidden,
+            initializer_range=hidden**-0.5,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(EMBEDDED / "tinylm" / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a TinyLM (1 layer, width 32) and an LLM (2 layers, width 64) of random weights."""
+    folder = tmp_path_factory.mktemp("pair")
+    return make_model_folder(folder / "tinylm", 32, 1), make_model_folder(folder / "llm", 64, 2, seed=1)
+
+
+TINY_OVERRIDES = [
+    "data.tasks=[gsm8k, samsum]",
+    "data.embedded_rows=192",
+    "curation.shadows=12",
+    "curation.samples=8",
+    "curation.snapshots=2",
+    "clients.per_task=1",
+    "clients.samples=8",
+    "evaluation.test_rows=6",
+    "evaluation.batch_size=6",
+    "evaluation.max_new_tokens=4",
+    "grad_transformer.phi.d_model=16",
+    "grad_transformer.phi.d_ff=16",
+    "grad_transformer.phi.heads=2",
+    "grad_transformer.phi.layers=1",
+    "grad_transformer.training.epochs=4",
+    "grad_transformer.training.batch_size=4",
+    "grad_transformer.training.checkpoint_epochs=2",
+    *(f"pair.{side}.fine_tune.steps=3" for side in ("tinylm", "llm")),
+    *(f"pair.{side}.fine_tune.batch_size=4" for side in ("tinylm", "llm")),
+]
+
+
+def tiny_config(pair: tuple[Path, Path], folder: Path, *overrides: str) -> Config:
+    """The embedded preset on random tiny models, seconds a stage."""
+    return load_config(
+        "embedded",
+        [
+            *TINY_OVERRIDES,
+            f"pair.tinylm.model={pair[0]}",
+            f"pair.llm.model={pair[1]}",
+            f"runs={folder / 'runs'}",
+            f"store={folder / 'store'}",
+            *overrides,
+        ],
+    )
+
+
+@pytest.fixture
+def tiny(tiny_pair: tuple[Path, Path], tmp_path: Path) -> Config:
+    """A tiny study in a folder of its own."""
+    return tiny_config(tiny_pair, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """A Ray of two CPUs on this machine, shut down after the module."""
+    import ray
+
+    from gt_ray.cluster import connect
+
+    connect()
+    yield
+    ray.shutdown()

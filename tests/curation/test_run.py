@@ -1,0 +1,89 @@
+"""Curation as a Ray Data pipeline: resume, kills, damaged units."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gt_ray.config import Config
+from gt_ray.curation.jobs import SIDES
+from gt_ray.curation.run import Study, _groups, run_fine_tunes
+from tests.conftest import tiny_config
+
+pytestmark = pytest.mark.ray
+
+
+def _jobs(study: Study) -> list:  # type: ignore[type-arg]
+    return [job for side in SIDES for job in study.shadow_jobs(side)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Study:
+    study = Study.load(tiny_config(tiny_pair, tmp_path_factory.mktemp("undisturbed")))
+    assert run_fine_tunes(study, _jobs(study), "curate") == 24
+    return study
+
+
+def test_both_models_are_fine_tuned_on_every_shadow(undisturbed: Study) -> None:
+    for side in SIDES:
+        layout = undisturbed.roots[side].layout
+        for job in undisturbed.shadow_jobs(side):
+            snapshots, meta = undisturbed.store.read(job.key)
+            assert snapshots.shape == (2, layout.L, layout.d) and snapshots.abs().sum() > 0
+            assert meta.root == undisturbed.roots[side].hash and len(meta.losses) == 3 and meta.samples == 8
+
+
+def test_running_again_does_nothing_and_says_so(undisturbed: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_fine_tunes(undisturbed, _jobs(undisturbed), "curate") == 0
+    assert "curate: nothing to do, all 24 units" in capsys.readouterr().err
+
+
+def test_a_damaged_unit_is_named_and_redone(undisturbed: Study, caplog: pytest.LogCaptureFixture) -> None:
+    jobs = _jobs(undisturbed)
+    before, _ = undisturbed.store.read(jobs[0].key)
+    tensors = undisturbed.store.folder / jobs[0].key / "updates.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-7])
+    assert run_fine_tunes(undisturbed, jobs, "curate") == 1
+    assert jobs[0].key in caplog.text
+    assert torch.allclose(undisturbed.store.read(jobs[0].key)[0], before, rtol=1e-5, atol=1e-8)
+
+
+def test_sigkill_half_way_loses_at_most_the_units_in_flight(
+    undisturbed: Study, tiny_pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config = tiny_config(tiny_pair, tmp_path)
+    (tmp_path / "tiny.yaml").write_text(config.to_yaml())
+    command = [sys.executable, "-m", "gt_ray.cli", "curate", "--preset", str(tmp_path / "tiny.yaml")]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    study = Study.load(config)
+    keys = [job.key for job in _jobs(study)]
+    deadline = time.monotonic() + 300
+    while not (done := [key for key in keys if (study.store.folder / key).exists()]):
+        assert process.poll() is None, process.stdout and process.stdout.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = len(keys) - len(study.store.missing(keys))
+    assert kept >= len(done)
+    redone = run_fine_tunes(study, _jobs(study), "curate")
+    assert redone == len(keys) - kept
+    assert study.store.missing(keys) == []
+    for job in _jobs(undisturbed):
+        expected, _ = undisturbed.store.read(job.key)
+        assert torch.allclose(study.store.read(job.key)[0], expected, rtol=1e-5, atol=1e-8)
+
+
+def test_a_group_holds_one_model_one_task_and_no_more_than_allowed(tiny: Config) -> None:
+    study = Study.load(tiny)
+    groups = _groups(study, _jobs(study))
+    assert sum(map(len, groups)) == 24
+    for group in groups:
+        assert len({(job.side, job.task) for job in group}) == 1 and len(group) <= tiny.pair.llm.adapters_at_once

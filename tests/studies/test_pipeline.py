@@ -1,0 +1,124 @@
+"""The main job on a tiny pair, end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+
+from gt_ray.baselines.controls import CONTROLS
+from gt_ray.config import Config, load_config
+from gt_ray.curation.run import Study
+from gt_ray.errors import UserError
+from gt_ray.grad_transformer.network import GradTransformer
+from gt_ray.pairs.models import load_model
+from gt_ray.studies.pipeline import evaluate_stage, generate_files, generate_stage, pipeline, update_file
+from gt_ray.studies.study import run_study
+from gt_ray.updates.files import read_adapter, read_update
+from tests.conftest import TINY_OVERRIDES, tiny_config
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def config(tiny_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return tiny_config(tiny_pair, tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def report(config: Config, ray_cluster: None) -> dict[str, Any]:
+    return pipeline(config)
+
+
+def test_the_report_has_every_system_for_every_client(report: dict[str, Any], config: Config) -> None:
+    systems = {"P_S", "P_T", "base_S", "base_T", "ours", "public_sft", *CONTROLS}
+    found = {(row["client"], row["system"]) for row in report["rows"]}
+    assert found == {(f"{task}-0", system) for task in config.data.tasks for system in systems}
+    for entry in report["summary"].values():
+        assert systems - {"P_S", "P_T", "base_S", "base_T", "ours"} == entry["controls"].keys()
+        assert ("pgr" in entry) != ("pgr_absent" in entry)
+    assert {"curate", "train", "clients", "generate", "ceilings", "evaluate"} <= report["wall_s"].keys()
+    assert json.loads((config.run_folder / "report.json").read_text()) == report
+    assert (config.run_folder / "report.html").is_file()
+
+
+def test_the_run_folder_repeats_the_study(report: dict[str, Any], config: Config) -> None:
+    assert load_config(str(config.run_folder / "config.yaml")) == config
+    units = json.loads((config.run_folder / "units.json").read_text())
+    assert all((config.store / key).is_dir() for keys in units.values() for key in keys)
+
+
+def test_updates_and_adapters_are_on_disk_and_load(report: dict[str, Any], config: Config) -> None:
+    study = Study.load(config)
+    model = GradTransformer.load(config.run_folder / "grad_transformer")
+    for client in study.data.clients:
+        update_S, info = read_update(update_file(config.run_folder, client), study.roots["tinylm"])
+        assert info.mechanism == {"name": "sft"} and info.samples == 8
+        folder = config.run_folder / "adapters" / client.name
+        generated = read_adapter(folder, study.roots["llm"])
+        assert (generated - model.generate(update_S[None])[0]).abs().max() < 1e-6
+        assert "generated, not trained" in (folder / "README.md").read_text()
+        PeftModel.from_pretrained(load_model(config.pair.llm), str(folder))
+
+
+def test_running_again_repeats_the_scores_without_work(
+    report: dict[str, Any], config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = pipeline(config)
+    assert again["rows"] == report["rows"] and again["summary"] == report["summary"]
+    said = capsys.readouterr().err
+    for stage in ("curate", "train", "clients", "ceilings", "evaluate"):
+        assert f"{stage}: nothing to do" in said
+
+
+def test_several_update_files_become_one_adapter(report: dict[str, Any], config: Config, tmp_path: Path) -> None:
+    study = Study.load(config)
+    files = [update_file(config.run_folder, client) for client in study.data.clients]
+    generate_files(study, files, tmp_path / "adapter", "mean")
+    pooled = sum(read_update(file, study.roots["tinylm"])[0] for file in files) / len(files)
+    expected = GradTransformer.load(config.run_folder / "grad_transformer").generate(pooled[None])[0]  # type: ignore[index]
+    assert (read_adapter(tmp_path / "adapter", study.roots["llm"]) - expected).abs().max() < 1e-6
+
+
+def test_an_adapter_of_another_pair_is_refused(
+    report: dict[str, Any], config: Config, tiny_pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    other = Study.load(tiny_config(tiny_pair, tmp_path, "pair.tinylm.root_seed=5"))
+    file = update_file(config.run_folder, other.data.clients[0])
+    checkpoint = other.config.run_folder / "grad_transformer"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.symlink_to((config.run_folder / "grad_transformer").resolve())
+    with pytest.raises(UserError, match="trained for tinylm root") as error:
+        generate_files(other, [file], tmp_path / "adapter", "mean")
+    for root in (other.roots["tinylm"].hash, Study.load(config).roots["tinylm"].hash):
+        assert root in str(error.value)
+
+
+def test_stages_out_of_order_say_what_is_missing(tiny: Config, ray_cluster: None) -> None:
+    study = Study.load(tiny)
+    with pytest.raises(UserError, match="Grad-Transformer"):
+        generate_stage(study)
+    with pytest.raises(UserError, match="Grad-Transformer"):
+        evaluate_stage(study)
+
+
+def test_a_study_runs_cells_once_and_shares_units(
+    tiny_pair: tuple[Path, Path], tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [*TINY_OVERRIDES, f"pair.tinylm.model={tiny_pair[0]}", f"pair.llm.model={tiny_pair[1]}"]
+    common += [f"runs={tmp_path / 'runs'}", f"store={tmp_path / 'store'}", "evaluation.controls=false"]
+    cells = [[], ["grad_transformer.training.pool_max=1"]]
+    tree = run_study("embedded", common, cells, "pools")
+    assert [cell["overrides"] for cell in tree["cells"]] == cells
+    folder = tmp_path / "runs" / "pools"
+    assert json.loads((folder / "study.json").read_text()) == tree
+    for cell in tree["cells"]:
+        assert json.loads((folder / cell["report"]).read_text())["summary"] == cell["summary"]
+    assert "curate: nothing to do" in capsys.readouterr().err  # the second cell
+    run_study("embedded", common, cells, "pools")
+    assert "cell 2 of 2 is done" in capsys.readouterr().err
+    with pytest.raises(UserError, match="two cells are the same"):
+        run_study("embedded", common, [[], []], "same")

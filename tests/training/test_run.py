@@ -1,0 +1,76 @@
+"""The Ray Train loop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gt_ray.curation.run import Study
+from gt_ray.errors import UserError
+from gt_ray.grad_transformer.network import GradTransformer, make_phi
+from gt_ray.studies.pipeline import curate_stage
+from gt_ray.training.run import _restore, _save, train
+from tests.conftest import tiny_config
+from tests.grad_transformer.test_network import LAYOUT_S, LAYOUT_T, PHI
+
+
+@pytest.mark.ray
+def test_training_learns_resumes_and_is_not_repeated(
+    tiny_pair: tuple[Path, Path], tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = Study.load(tiny_config(tiny_pair, tmp_path, "grad_transformer.training.learning_rate=1e-2"))
+    with pytest.raises(UserError, match=r"24 units are missing .* curate first"):
+        train(study)
+    curate_stage(study)
+    out = train(study)
+    history = json.loads((out / "history.json").read_text())
+    assert [entry["step"] for entry in history] == [6, 12]
+    assert history[-1]["loss"] < history[0]["loss"]
+    model = GradTransformer.load(out)
+    assert model.roots == {side: root.hash for side, root in study.roots.items()}
+    assert list((study.config.run_folder / "events").glob("events.*"))
+    capsys.readouterr()
+    train(study)
+    assert "train: nothing to do" in capsys.readouterr().err
+    # Without the exported result, the training goes on from its last checkpoint, the end: the same weights again.
+    (out / "model.safetensors").write_bytes(b"damaged")
+    train(study)
+    again = GradTransformer.load(out)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+Training = tuple[GradTransformer, torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]
+
+
+def _make() -> Training:
+    torch.manual_seed(0)
+    model = GradTransformer(LAYOUT_S, LAYOUT_T, make_phi(PHI), {})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 / (1 + s))
+
+
+def _steps(training: Training, n: int) -> None:
+    model, optimizer, schedule = training
+    for _ in range(n):
+        generator = torch.Generator().manual_seed(schedule.last_epoch)
+        S = torch.randn(4, LAYOUT_S.L, LAYOUT_S.d, generator=generator)
+        T = torch.randn(4, LAYOUT_T.L, LAYOUT_T.d, generator=generator)
+        optimizer.zero_grad()
+        model.loss(S, T).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def test_a_checkpoint_restores_model_optimizer_and_schedule(tmp_path: Path) -> None:
+    straight, interrupted, resumed = _make(), _make(), _make()
+    _steps(straight, 4)
+    _steps(interrupted, 2)
+    _save(tmp_path, *interrupted, [{"step": 2.0}])
+    assert _restore(tmp_path, *resumed) == (2, [{"step": 2.0}])
+    _steps(resumed, 2)
+    for name, tensor in straight[0].state_dict().items():
+        assert torch.allclose(tensor, resumed[0].state_dict()[name], atol=1e-6), name

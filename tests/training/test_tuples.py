@@ -1,0 +1,64 @@
+"""Training tuples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gt_ray.training.tuples import epoch_rows, join, load_tuples, pool_at_random
+from gt_ray.updates.store import UnitMeta, UpdateStore
+
+
+def _store(folder: Path, units: dict[str, list[int]]) -> UpdateStore:
+    """Units whose snapshot at step s from the end is filled with s (plus 100 for S)."""
+    store = UpdateStore(folder)
+    for key, steps in units.items():
+        base = 100.0 if key.startswith("s") else 0.0
+        store.write(key, torch.stack([torch.full((1, 2), base + s) for s in steps]), UnitMeta("root", {}, steps, 1))
+    return store
+
+
+def test_tuples_join_on_steps_from_the_end(tmp_path: Path) -> None:
+    store = _store(tmp_path, {"s": [4, 2, 0], "t": [2, 1, 0]})
+    snapshots_S, snapshots_T = join(store, "s", "t")
+    assert snapshots_S[:, 0, 0].tolist() == [102, 100] and snapshots_T[:, 0, 0].tolist() == [2, 0]
+
+
+def test_a_batch_keeps_tuples_together_and_its_order_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    store = _store(tmp_path, {f"{side}{k}": [3, 2, 1, 0] for side in "st" for k in range(3)})
+    batch = {"S": ["s0", "s1", "s2"], "T": ["t0", "t1", "t2"], "task": np.array([0, 1, 1])}
+    first = load_tuples(batch, store, last_only=False, seed=0)
+    again = load_tuples(batch, store, last_only=False, seed=0)
+    assert first["S"].shape == (12, 1, 2)
+    assert (first["S"] - 100 == first["T"]).all()
+    assert (first["S"] == again["S"]).all() and (first["task"] == again["task"]).all()
+    assert (load_tuples(batch, store, last_only=False, seed=1)["T"] != first["T"]).any()
+    assert load_tuples(batch, store, last_only=True, seed=0)["T"].max() == 0
+
+
+def test_every_epoch_has_every_shadow_in_an_order_of_its_own() -> None:
+    keys = [{"S": str(k)} for k in range(9)]
+    rows = epoch_rows(keys, range(2), seed=0)
+    assert sorted(row["S"] for row in rows[:9]) == sorted(row["S"] for row in rows[9:])
+    assert rows[:9] != rows[9:] and rows[9:] == epoch_rows(keys, range(1, 2), seed=0)
+
+
+def test_pooling_averages_tuples_of_one_task() -> None:
+    N, tasks = 40, torch.tensor([0, 1] * 20)
+    S = torch.nn.functional.one_hot(torch.arange(N), N).float()[:, None]  # tells who is in the pool
+    pooled_S, pooled_T = pool_at_random(S, S * 2, tasks, 3, torch.Generator().manual_seed(0))
+    weights = pooled_S[:, 0]
+    assert torch.allclose(weights.sum(1), torch.ones(N)) and torch.equal(pooled_T, pooled_S * 2)
+    for n in range(N):
+        assert weights[n, n] > 0
+        assert all(tasks[m] == tasks[n] for m in weights[n].nonzero()[:, 0])
+    sizes = {round(1 / float(row[row > 0].min())) for row in weights}
+    assert sizes == {1, 2, 3}
+
+
+def test_no_pooling_changes_nothing() -> None:
+    S = torch.randn(3, 1, 2)
+    pooled, _ = pool_at_random(S, S, torch.zeros(3), 1, torch.Generator())
+    assert pooled is S
