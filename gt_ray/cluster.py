@@ -12,6 +12,8 @@ from gt_ray.errors import require
 def connect() -> Any:
     """The `ray` module, connected. Uses RAY_ADDRESS (set inside `ray job submit`), else starts Ray on this machine."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray Data's actors always draw an alarming line about restarts; errors that matter reach us as exceptions.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray = require("ray", "ray")
     data = require("ray.data", "ray")
     if not ray.is_initialized():
@@ -19,6 +21,9 @@ def connect() -> Any:
     context = data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True  # the order of training tuples is part of a seed
+    # A UserError in an actor has to reach the driver as one; Ray Data would pass on its text alone, and then logs its
+    # traceback as a bug of its own.
+    context.raise_original_map_exception = True
     for name in ("ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR)
     return ray

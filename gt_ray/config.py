@@ -64,7 +64,7 @@ class DataSettings(Section):
 
     source: Literal["embedded", "files", "hub"] = "hub"
     folder: Path | None = Field(None, description="source=files: holds <task>/*.jsonl in Hub columns")
-    tasks: tuple[str, ...] = ("aqua_rat", "gsm8k", "commonsense_qa", "drop", "samsum", "dialogsum")
+    tasks: tuple[str, ...] = Field(("aqua_rat", "gsm8k", "commonsense_qa", "drop", "samsum", "dialogsum"), min_length=1)
     private_share: float = Field(0.5, gt=0, lt=1, description="share of the training rows that is private (section 6)")
     validation_share: float = Field(0.1, gt=0, lt=1, description="share of the public rows that validates")
     embedded_rows: int = Field(4096, ge=64, description="source=embedded: public training rows of a task")
@@ -209,7 +209,7 @@ def load_config(preset: str, overrides: list[str] | tuple[str, ...] = ()) -> Con
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {error}") from error
+        raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of sections, not {type(tree).__name__}")
     tree.setdefault("preset", path.stem)
@@ -228,7 +228,7 @@ def load_config(preset: str, overrides: list[str] | tuple[str, ...] = ()) -> Con
         try:
             node[leaf] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise UserError(f"override {override!r}: the value is not YAML: {error}") from error
+            raise UserError(f"override {override!r}: the value is not YAML: {_one_line(error)}") from error
     return _validate(tree, path)
 
 
@@ -256,16 +256,18 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]
     return keys
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _check_key(key: str) -> None:
     if key not in known_keys():
         raise UserError(f"unknown config key {key!r}{_nearest(key, known_keys())}")
 
 
 def _nearest(word: str, known: list[str]) -> str:
-    # A wrong parent with a right leaf is the commonest slip, so leaves are compared too.
-    leaf = word.rpartition(".")[2]
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7) or [
-        key for key in known if key.rpartition(".")[2] == leaf
-    ]
+    # A wrong parent with a right leaf is the commonest slip.
+    same_leaf = [key for key in known if key.rpartition(".")[2] == word.rpartition(".")[2]]
+    close = difflib.get_close_matches(word, same_leaf, n=1, cutoff=0)
     close = close or difflib.get_close_matches(word, known, n=1, cutoff=0.3)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -201,6 +201,39 @@ def pretrain(which: str, seed: int, steps: int | None, out: Path) -> None:
             model.train()
             print(f"step {step + 1} {time.time() - start:.0f} s, score with/without rules: {scores}", flush=True)
             copy.deepcopy(model).half().save_pretrained(out)
+            tokenizer.save_pretrained(out)
+            write_card(which, out, scores, steps, seed)
+
+
+def write_card(which: str, out: Path, scores: dict[str, str], steps: int, seed: int) -> None:
+    """The model card; its scores are those of the evaluation that precedes it."""
+    role = "TinyLM, which clients fine-tune" if which == "tinylm" else "LLM, which they want"
+    table = "\n".join(f"| {task} | {' | '.join(score.split('/'))} |" for task, score in scores.items())
+    (out / "README.md").write_text(
+        f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+# The {which} of gt-ray's embedded pair
+
+A Qwen2-architecture model of toy size, pretrained from nothing on procedural tasks that mirror six benchmarks in form.
+It ships with gt-ray so that the whole loop (curation, training, generation, scoring) runs on one plain machine in
+minutes. Its role is that of the {role}. It knows nothing of the world beyond
+`gt_ray/tasks/embedded/words.py`.
+
+Made by `python jobs/pretrain_embedded.py {which}` ({steps} steps, seed {seed}), on rows of the split `pretrain` only.
+The system message names the house rules (domain) of a row in most samples and leaves them open in the rest, as the chat
+template's default does; so the model obeys rules that it is told, and guesses among them otherwise.
+
+Scores on 100 test rows a task, in percent (exact match; ROUGE-1 for samsum and dialogsum):
+
+| task | rules named | rules open |
+|---|---|---|
+{table}
+""",
+        encoding="utf-8",
+    )
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ class Ridge:
     """Linear ridge regression from flattened standardised S updates to T updates, in its dual form.
 
     Args:
-        penalty: lambda, relative to the mean diagonal of the kernel matrix.
+        penalty: lambda, in percent of the mean diagonal of the kernel matrix.
     """
 
     def __init__(self, shadows: ShadowSet, penalty: float) -> None:
@@ -62,7 +62,7 @@ class Ridge:
         self.mean_x, self.mean_y = self.x_KP.mean(0), targets_KQ.mean(0)
         centred = self.x_KP - self.mean_x
         kernel_KK = centred @ centred.T
-        ridge_KK = penalty * kernel_KK.diagonal().mean() / 100 * torch.eye(len(kernel_KK))
+        ridge_KK = penalty * kernel_KK.diagonal().mean().clamp(min=1e-12) / 100 * torch.eye(len(kernel_KK))
         self.weights_KQ = torch.linalg.solve(kernel_KK + ridge_KK, targets_KQ - self.mean_y)
 
     def __call__(self, z_S_NP: Tensor) -> Tensor:

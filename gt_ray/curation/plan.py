@@ -69,7 +69,7 @@ def plan_shadows(config: Config, data: TaskData) -> list[Shadow]:
             available[place] = data.positions(*place)
             if not settings.overlap:
                 random.Random(f"{place}/{settings.seed + config.seed}").shuffle(available[place])
-        seed = settings.seed + config.seed * 1_000_003 + k
+        seed = (settings.seed + config.seed) * 1_000_003 + k
         first = 0 if settings.overlap else turn * settings.samples
         if first + settings.samples > len(available[place]):
             raise UserError(

@@ -116,7 +116,8 @@ def make_root(settings: ModelSettings, cache: Path | None = None) -> Root:
             root.save(partial)
             partial.rename(cached)
         except (SafetensorError, OSError) as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise UserError(f"could not write {cached}: {error}; free some space and run it again") from error
     return root
 

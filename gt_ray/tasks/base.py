@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+from gt_ray.errors import require
+
 Row = Mapping[str, Any]
 """One row of a task's data: the columns of its Hub data set, and for embedded data a `domain`."""
 
@@ -55,9 +57,6 @@ class Task(ABC):
 
 def rouge1(reference: str, summary: str) -> float:
     """ROUGE-1 F-measure in percent by `rouge-score`, with stemming off as in its command line's default."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise ImportError("rouge-score is missing; install the extra: pip install 'gt-ray[eval]'") from error
-    score: float = RougeScorer(["rouge1"]).score(reference, summary)["rouge1"].fmeasure
+    scorer = require("rouge_score.rouge_scorer", "eval")
+    score: float = scorer.RougeScorer(["rouge1"]).score(reference, summary)["rouge1"].fmeasure
     return 100.0 * score

@@ -114,7 +114,7 @@ def read_folder(folder: Path, task: str) -> list[Row]:
 def read_jsonl(file: Path, task: str) -> list[Row]:
     """Rows of one file, checked for the task's columns."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8").removeprefix("\ufeff")  # the byte order mark of some editors
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: byte {error.start} is not valid UTF-8; save the file as UTF-8") from error
     except OSError as error:
@@ -135,6 +135,13 @@ def read_jsonl(file: Path, task: str) -> list[Row]:
                 raise UserError(
                     f"{file}:{number}: column {column!r} is missing; {task} needs {list(TASKS[task].columns)}"
                 )
+        try:
+            for text in (TASKS[task].prompt, TASKS[task].target, TASKS[task].references):
+                text(row)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{file}:{number}: values are not as in {'/'.join(TASKS[task].hub)}: {type(error).__name__}: {error}"
+            ) from error
         rows.append(row)
     if not rows:
         raise UserError(f"{file} is empty")
@@ -142,7 +149,7 @@ def read_jsonl(file: Path, task: str) -> list[Row]:
 
 
 def _hub(task: str) -> list[Row]:
-    datasets = require("datasets", "ray")
+    datasets = require("datasets", "eval")
     try:
         return list(datasets.load_dataset(*TASKS[task].hub, split="train"))
     except Exception as error:  # the Hub client raises many unrelated types
@@ -155,7 +162,7 @@ def _split(
     """Halve a training set into private and public (section 6), the private half into clients (Table 2)."""
     settings = config.data
     distinct = list({TASKS[task].prompt(row): row for row in rows}.values())
-    random.Random(f"{task}/{settings.seed}").shuffle(distinct)
+    random.Random(f"{task}/{settings.seed + config.seed}").shuffle(distinct)
     n_private = round(len(distinct) * settings.private_share)
     private, public = distinct[:n_private], distinct[n_private:]
     n_validation = round(len(public) * settings.validation_share)

@@ -18,7 +18,8 @@ class Drop(Task):
         )
 
     def target(self, row: Row) -> str:
-        return f"{ANSWER_MARK} {row['answers_spans']['spans'][0]}"
+        return f"{ANSWER_MARK} {self.references(row)[0]}"
 
     def references(self, row: Row) -> list[str]:
-        return list(row["answers_spans"]["spans"])
+        # Some spans have blanks around or line breaks inside, which no extracted answer has.
+        return [" ".join(span.split()) for span in row["answers_spans"]["spans"]]

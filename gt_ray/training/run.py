@@ -6,7 +6,10 @@ import json
 import math
 import shutil
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +65,7 @@ def train(study: Study) -> Path:
     if not (start / "config.json").is_file():
         _initial_model(study, keys[False]).save(start)
     training = settings.training
+    progress_file = (study.config.run_folder / "training" / "step").resolve()
     n_tuples = len(keys[False]) * study.config.curation.snapshots
     total = training.epochs * n_tuples // training.batch_size
     if total == 0:
@@ -85,6 +89,7 @@ def train(study: Study) -> Path:
             "seed": training.seed + study.config.seed,
             "steps": total,
             "checkpoint_steps": max(1, training.checkpoint_epochs * n_tuples // training.batch_size),
+            "progress": str(progress_file),
             "events": str((study.config.run_folder / "events").resolve()),
         },
         datasets=streams,
@@ -105,7 +110,7 @@ def train(study: Study) -> Path:
             ),
         ),
     )
-    with bar("train", total):
+    with _followed(progress_file, total):
         result = trainer.fit()
     best, metrics = min(result.best_checkpoints, key=lambda pair: pair[1]["validation_generated"])
     partial_out = out.with_name(f".{out.name}.partial")
@@ -121,6 +126,32 @@ def train(study: Study) -> Path:
         f"{metrics['validation_generated']:.3f} of the mean update's"
     )
     return out
+
+
+@contextmanager
+def _followed(progress_file: Path, total: int) -> Iterator[None]:
+    """A progress bar of what the workers write to `progress_file`."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        shown = 0
+        while not ended.wait(0.5):
+            try:
+                step = int(progress_file.read_text() or 0)
+            except (OSError, ValueError):  # not there yet, or being written
+                continue
+            progress.advance(step - shown)
+            shown = step
+
+    progress_file.unlink(missing_ok=True)
+    with bar("train", total) as progress:
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
 
 def _finished(out: Path, trained_by: str) -> bool:
@@ -190,6 +221,8 @@ def _worker(config: dict[str, Any]) -> None:
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
+        if rank == 0 and step % 10 == 0:
+            Path(config["progress"]).write_text(str(step + 1))
         last = step + 1 == config["steps"]
         if last or (step + 1) % config["checkpoint_steps"] == 0:
             metrics = {

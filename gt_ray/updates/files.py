@@ -6,7 +6,9 @@ and each reader refuses the other's.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from gt_ray.pairs.root import Root
 FORMAT = "gt-ray-update/1"
 PEFT_PREFIX = "base_model.model."
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,10 @@ def read_update(path: Path, root: Root) -> tuple[Tensor, UpdateInfo]:
         )
     if wrong := [name for name in tensors if not name.startswith("delta.")]:
         raise UserError(f"{path}: tensor {wrong[0]} is not part of an update")
-    update_Ld = root.layout.to_array({name.removeprefix("delta."): tensor for name, tensor in tensors.items()})
+    update_Ld = _one_update({name.removeprefix("delta."): tensor for name, tensor in tensors.items()}, root, path)
     _check_finite(update_Ld, str(path))
+    if metadata.get("layout") != root.layout.to_json():
+        raise UserError(f"{path}: the layout in its metadata is not the root's")
     try:
         info = UpdateInfo(
             json.loads(metadata["fine_tune"]), int(metadata["samples"]), json.loads(metadata["mechanism"])
@@ -93,7 +98,6 @@ def write_adapter(folder: Path, update_Ld: Tensor, root: Root, card: str = "") -
     from peft import LoraConfig, TaskType
 
     _check_finite(update_Ld, str(folder))
-    folder.mkdir(parents=True, exist_ok=True)
     delta = root.layout.to_tensors(update_Ld.float())
     tensors = {f"{PEFT_PREFIX}{name}.weight": initial + delta[name] for name, initial in root.initial.items()}
     embedded = root.base_model.startswith(EMBEDDED_PREFIX)
@@ -106,10 +110,17 @@ def write_adapter(folder: Path, update_Ld: Tensor, root: Root, card: str = "") -
         base_model_name_or_path=str(resolve(root.base_model)) if embedded else root.base_model,
         inference_mode=True,
     )
-    config.save_pretrained(str(folder))
-    if card:
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    write_atomically(folder / ADAPTER_WEIGHTS, save(tensors, {"format": "pt", "root": root.hash}))
+    content = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=list).encode()
+    existed = folder.exists()
+    try:
+        write_atomically(folder / ADAPTER_CONFIG, content)
+        if card:
+            write_atomically(folder / "README.md", card.encode())
+        write_atomically(folder / ADAPTER_WEIGHTS, save(tensors, {"format": "pt", "root": root.hash}))
+    except UserError:
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def read_adapter(folder: Path, root: Root) -> Tensor:
@@ -118,9 +129,11 @@ def read_adapter(folder: Path, root: Root) -> Tensor:
     Raises:
         UserError: no adapter, or one of another root, rank, alpha, target modules or base model.
     """
-    config_file = folder / "adapter_config.json"
+    config_file = folder / ADAPTER_CONFIG
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"an object is expected, not {type(config).__name__}")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no PEFT adapter: {config_file.name}: {error}") from error
     tensors, metadata = _read(folder / ADAPTER_WEIGHTS)
@@ -135,6 +148,9 @@ def read_adapter(folder: Path, root: Root) -> Tensor:
     for key, wanted in (("r", root.lora.rank), ("lora_alpha", root.lora.alpha)):
         if config.get(key) != wanted:
             raise UserError(f"adapter {key} {config.get(key)}, but root {short} has {wanted} ({config_file}: {key})")
+    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            raise UserError(f"adapter with {key}, but root {short} is plain LoRA ({config_file}: {key})")
     if set(config.get("target_modules") or ()) != set(root.lora.target_modules):
         raise UserError(
             f"adapter of target modules {config.get('target_modules')}, but root {short} has "
@@ -143,7 +159,7 @@ def read_adapter(folder: Path, root: Root) -> Tensor:
     if wrong := [name for name in tensors if not name.startswith(PEFT_PREFIX)]:
         raise UserError(f"{folder}: tensor {wrong[0]} is not part of a PEFT adapter; is it an update file?")
     named = {name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor for name, tensor in tensors.items()}
-    update_Ld = root.layout.to_array(named) - root.layout.to_array(root.initial)
+    update_Ld = _one_update(named, root, folder) - root.layout.to_array(root.initial)
     _check_finite(update_Ld, str(folder))
     return update_Ld
 
@@ -162,10 +178,21 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
         partial.rename(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise UserError(
             f"could not write {path}: {error.strerror or error}; free some space and run it again"
         ) from error
+
+
+def _one_update(tensors: dict[str, Tensor], root: Root, where: Path) -> Tensor:
+    try:
+        update_Ld = root.layout.to_array(tensors)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if update_Ld.dim() != 2:
+        raise UserError(f"{where}: holds several updates {list(update_Ld.shape)}, one is expected")
+    return update_Ld
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -142,12 +142,16 @@ class Layout:
             raise UserError(
                 f"update has unknown {extra[0]} ({len(extra)} extra); was it made with other target modules?"
             )
+        leads = set()
         for name, shape in shapes.items():
             found = tuple(tensors[name].shape)
             if found[len(found) - len(shape) :] != shape:
                 raise UserError(
                     f"{name} has shape {list(found)}, but the root's is {list(shape)} (rank or model differ)"
                 )
+            leads.add(found[: len(found) - len(shape)])
+        if len(leads) > 1:
+            raise UserError(f"leading dimensions differ between parameters: {sorted(map(list, leads))}")
 
     def to_json(self) -> str:
         """Canonical text form."""

@@ -9,6 +9,8 @@ checksum tells.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -73,12 +75,11 @@ class UpdateStore:
             (partial / TENSORS).write_bytes(content)
             record = {**asdict(meta), "sha256": hashlib.sha256(content).hexdigest()}
             (partial / META).write_text(json.dumps(record), encoding="utf-8")
-            if (self.folder / key).exists():
+            while not self._put(partial, key):
                 if self.is_complete(key):
                     shutil.rmtree(partial)
                     return
-                shutil.rmtree(self.folder / key)
-            partial.rename(self.folder / key)
+                self._discard(key)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             if self.is_complete(key):  # another curation was quicker
@@ -87,6 +88,22 @@ class UpdateStore:
                 f"could not write unit {key} to {self.folder}: {error.strerror or error}; finished units are kept, "
                 "free some space and run it again"
             ) from error
+
+    def _put(self, partial: Path, key: str) -> bool:
+        try:
+            partial.rename(self.folder / key)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            return False
+        return True
+
+    def _discard(self, key: str) -> None:
+        """Remove a damaged unit; moved away first, so that no other writer meets half of it."""
+        damaged = self.folder / f".partial-damaged-{uuid.uuid4().hex[:8]}"
+        with contextlib.suppress(FileNotFoundError):  # another writer was quicker
+            (self.folder / key).rename(damaged)
+            shutil.rmtree(damaged, ignore_errors=True)
 
     def read(self, key: str) -> tuple[Tensor, UnitMeta]:
         """The snapshots [J, L, d] of a unit and what it says of itself.
@@ -100,7 +117,7 @@ class UpdateStore:
             if hashlib.sha256(content).hexdigest() != record.pop("sha256"):
                 raise ValueError("checksum differs")
             return load(content)["snapshots"], UnitMeta(**record)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"unit {key} of {self.folder} is absent or damaged ({error}); curate again") from error
 
     def is_complete(self, key: str) -> bool:

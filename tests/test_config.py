@@ -1,0 +1,163 @@
+"""Presets, overrides and the errors of the study config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from gt_ray.config import Config, known_keys, load_config, preset_names
+from gt_ray.errors import UserError
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_loads_and_carries_its_name(preset: str) -> None:
+    assert load_config(preset).preset == preset
+
+
+def test_the_pairs_of_tables_1_and_3_are_presets() -> None:
+    pairs = {(tinylm, llm) for tinylm in ("0.5b", "1.5b", "3b") for llm in ("7b", "14b")} | {("0.5b", "32b")}
+    assert {f"qwen2.5-{tinylm}-to-{llm}" for tinylm, llm in pairs} == set(preset_names()) - {"embedded"}
+    for tinylm, llm in pairs:
+        pair = load_config(f"qwen2.5-{tinylm}-to-{llm}").pair
+        for settings, size in ((pair.tinylm, tinylm), (pair.llm, llm)):
+            assert settings.model.lower() == f"qwen/qwen2.5-{size}-instruct"
+
+
+def test_the_real_presets_fine_tune_as_table_5_says() -> None:
+    for preset in set(preset_names()) - {"embedded"}:
+        config = load_config(preset)
+        for side in (config.pair.tinylm, config.pair.llm):
+            settings = side.fine_tune
+            assert (settings.steps, settings.batch_size, settings.learning_rate) == (20000, 16, 1e-5)
+            assert (settings.clip_norm, settings.weight_decay) == (0.1, 0.01)
+            assert (side.lora.rank, side.lora.target_modules) == (2, ("q_proj", "k_proj"))
+        training = config.grad_transformer.training
+        assert (training.batch_size, training.epochs) == (32, 30) and 2e-5 <= training.learning_rate <= 8e-5
+
+
+@pytest.mark.parametrize(
+    ("preset", "nearest"), [("embeded", "embedded"), ("qwen2.5-3b-7b", "qwen2.5-3b-to-7b"), ("Embedded", "embedded")]
+)
+def test_an_unknown_preset_names_the_nearest_known_one(preset: str, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"unknown preset '{preset}'; did you mean '{nearest}'"):
+        load_config(preset)
+
+
+def test_a_preset_file_that_is_not_there_is_an_unknown_preset() -> None:
+    with pytest.raises(UserError, match=r"unknown preset 'nowhere/study\.yaml'"):
+        load_config("nowhere/study.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("curation.shadow", "curation.shadows"),
+        ("curation.steps", "pair.tinylm.fine_tune.steps"),
+        ("tinylm.fine_tune.steps", "pair.tinylm.fine_tune.steps"),
+        ("grad_transformer.epochs", "grad_transformer.training.epochs"),
+        ("sed", "seed"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(key: str, nearest: str) -> None:
+    assert nearest in known_keys()
+    with pytest.raises(UserError, match=f"unknown config key '{key}'; did you mean '{nearest}'"):
+        load_config("embedded", [f"{key}=5"])
+
+
+def test_an_unknown_key_in_a_file_names_the_nearest_known_one(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(load_config("embedded").to_yaml() + "evaluations: {}\n")
+    with pytest.raises(UserError, match=r"study.yaml: unknown config key 'evaluations'; did you mean 'evaluation'"):
+        load_config(str(file))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("curation.shadows=many", r"curation\.shadows: .*integer"),
+        ("curation.shadows=1", r"curation\.shadows: .*greater than or equal to 2"),
+        ("curation.shadows=2.5", r"curation\.shadows: .*integer"),
+        ("pair.tinylm.lora.rank=0", r"pair\.tinylm\.lora\.rank: "),
+        ("pair.llm.dtype=int8", r"pair\.llm\.dtype: .*'float32', 'bfloat16' or 'float16'"),
+        ("data.private_share=1.0", r"data\.private_share: .*less than 1"),
+        ("data.source=files", r"data\.source=files needs data\.folder"),
+        ("data.tasks=gsm8k", r"data\.tasks: "),
+        ("data.tasks=[]", r"data\.tasks: .*at least 1"),
+        ("evaluation.controls=perhaps", r"evaluation\.controls: .*bool"),
+        ("curation.shadows", r"'curation\.shadows' is not of the form key\.path=value"),
+        ("data.tasks=[gsm8k", r"the value is not YAML"),
+        ("curation=7", r"curation: "),
+    ],
+)
+def test_a_bad_value_is_named_with_its_key_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        load_config("embedded", [override])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("side", ["tinylm", "llm"])
+def test_fewer_steps_than_snapshots_reach_back_is_an_error(side: str) -> None:
+    overrides = ["curation.snapshots=4", "curation.snapshot_spacing=5", f"pair.{side}.fine_tune.steps=16"]
+    assert load_config("embedded", overrides).curation.snapshot_steps == (15, 10, 5, 0)
+    overrides[-1] = f"pair.{side}.fine_tune.steps=15"
+    with pytest.raises(UserError, match=rf"pair\.{side}\.fine_tune\.steps=15 is fewer than the 16 steps"):
+        load_config("embedded", overrides)
+
+
+def test_overrides_are_typed_and_reach_their_place() -> None:
+    config = load_config(
+        "embedded",
+        [
+            "seed=3",
+            "curation.shadows=60",
+            "curation.overlap=false",
+            "pair.tinylm.fine_tune.learning_rate=1e-3",
+            "pair.llm.lora.target_modules=[q_proj, v_proj]",
+            "data.tasks=[drop]",
+            "clients.samples=null",
+            "grad_transformer.phi.pretrained=google/flan-t5-large",
+            "runs=elsewhere/runs",
+        ],
+    )
+    assert config.seed == 3 and config.curation.shadows == 60 and config.curation.overlap is False
+    assert config.pair.tinylm.fine_tune.learning_rate == 0.001
+    assert config.pair.llm.lora.target_modules == ("q_proj", "v_proj")
+    assert config.data.tasks == ("drop",) and config.clients.samples is None
+    assert config.grad_transformer.phi.pretrained == "google/flan-t5-large"
+    assert config.run_folder == Path("elsewhere/runs/embedded-seed3")
+    untouched = load_config("embedded")
+    assert config.pair.llm.fine_tune == untouched.pair.llm.fine_tune and config.evaluation == untouched.evaluation
+
+
+def test_a_config_cannot_change_after_validation() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load_config("embedded").curation.shadows = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_a_config_saved_as_yaml_loads_as_the_same_config(preset: str, tmp_path: Path) -> None:
+    config = load_config(preset, ["seed=2", "name=a study", "data.folder=rows", "evaluation.test_rows=7"])
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert load_config(str(file)) == config
+    assert Config.model_validate(config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"pair: [1, 2", "not readable as YAML"),
+        (b"\xff\xfe\x00", "not readable as YAML"),
+        (b"- a\n- b\n", "a config is a mapping of sections, not list"),
+        (b"", "a config is a mapping of sections, not NoneType"),
+        (b"seed: 1\n", "pair: Field required"),
+    ],
+)
+def test_a_file_that_is_no_config_is_an_error_in_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message) as raised:
+        load_config(str(file))
+    assert "study.yaml" in str(raised.value) and "\n" not in str(raised.value)
