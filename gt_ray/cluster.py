@@ -21,9 +21,9 @@ def connect() -> Any:
     context = data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True  # the order of training tuples is part of a seed
-    # A UserError in an actor has to reach the driver as one; Ray Data would pass on its text alone, and then logs its
-    # traceback as a bug of its own.
+    # A UserError in an actor has to reach the driver as one, not as a text. Ray Data logs the traceback of whatever is
+    # raised then as a bug of its own; the driver shows it anyway.
     context.raise_original_map_exception = True
-    for name in ("ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name, level in (("ray.data", logging.CRITICAL), ("ray.train", logging.ERROR), ("ray.tune", logging.ERROR)):
+        logging.getLogger(name).setLevel(level)
     return ray

@@ -56,11 +56,12 @@ def summarise(results: Sequence[ClientScores]) -> dict[str, Any]:
     for name in MAIN:
         if name in average:
             average[name] = _mean(entry.get(name) for entry in entries)
-    for name in average["controls"]:
-        average["controls"][name] = _mean(entry["controls"].get(name) for entry in entries)
-    if "gain_recovered" in average:
-        gained = average["ours"] - average["base_T"]
-        average["gain_recovered"] = 100 * gained / (average["P_T"] - average["base_T"])
+    for part in ("controls", "log_likelihood"):
+        for name in average[part]:
+            average[part][name] = _mean(entry[part].get(name) for entry in entries)
+    for key, of in (("gain_recovered", average), ("gain_recovered_log_likelihood", average["log_likelihood"])):
+        if key in average:
+            average[key] = 100 * (of["ours"] - of["base_T"]) / (of["P_T"] - of["base_T"])
     for key in ("pgr", "pgr_absent"):
         average.pop(key, None)
     if pgrs := [entry["pgr"] for entry in entries if "pgr" in entry]:

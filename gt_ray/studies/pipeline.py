@@ -54,6 +54,7 @@ def train_stage(study: Study) -> None:
 def generate_stage(study: Study) -> None:
     """Section 4.3 for the simulated clients: private fine-tune, update file, generation, LLM adapter."""
     run = study.config.run_folder
+    model = GradTransformer.load(run / "grad_transformer")
     with _timed(study, "clients"):
         jobs = study.client_jobs("tinylm")
         run_fine_tunes(study, jobs, "clients")
@@ -64,7 +65,6 @@ def generate_stage(study: Study) -> None:
             info = UpdateInfo(fine_tune, meta.samples, mechanism)
             write_update(update_file(run, client), snapshots_JLd[-1], study.roots["tinylm"], info)
     with _timed(study, "generate"):
-        model = GradTransformer.load(run / "grad_transformer")
         for client in study.data.clients:
             generate_adapter(
                 model,
@@ -84,6 +84,8 @@ def generate_files(study: Study, updates: Sequence[Path], out: Path, pooling: Po
 
 def evaluate_stage(study: Study) -> dict[str, Any]:
     """Ceilings, controls, scores; writes and returns `report.json`."""
+    for client in study.data.clients:  # fails here, before hours of ceilings, if an earlier stage has not run
+        read_adapter(study.config.run_folder / "adapters" / client.name, study.roots["llm"])
     with _timed(study, "ceilings"):
         extra = study.public_jobs() if study.config.evaluation.controls else []
         run_fine_tunes(study, [*study.client_jobs("llm"), *extra], "ceilings")

@@ -136,8 +136,8 @@ def read_jsonl(file: Path, task: str) -> list[Row]:
                     f"{file}:{number}: column {column!r} is missing; {task} needs {list(TASKS[task].columns)}"
                 )
         try:
-            for text in (TASKS[task].prompt, TASKS[task].target, TASKS[task].references):
-                text(row)
+            for read in (TASKS[task].prompt, TASKS[task].target, TASKS[task].references):
+                read(row)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{file}:{number}: values are not as in {'/'.join(TASKS[task].hub)}: {type(error).__name__}: {error}"

@@ -27,7 +27,11 @@ def folder(tiny_pair: tuple[Path, Path], tmp_path: Path) -> Path:
 
 
 def remove(*names: str) -> Damage:
-    return lambda folder: [(folder / name).unlink() for name in names]
+    def damage(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return damage
 
 
 def overwrite(name: str, content: str) -> Damage:

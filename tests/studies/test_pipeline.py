@@ -97,14 +97,16 @@ def test_an_adapter_of_another_pair_is_refused(
         assert root in str(error.value)
 
 
-def test_stages_out_of_order_say_what_is_missing(tiny: Config, ray_cluster: None) -> None:
+def test_stages_out_of_order_say_what_is_missing_before_any_work(tiny: Config) -> None:
     study = Study.load(tiny)
-    with pytest.raises(UserError, match="Grad-Transformer"):
+    with pytest.raises(UserError, match="no usable Grad-Transformer checkpoint"):
         generate_stage(study)
-    with pytest.raises(UserError, match="Grad-Transformer"):
+    with pytest.raises(UserError, match="is no PEFT adapter"):
         evaluate_stage(study)
+    assert not [path for path in tiny.store.iterdir() if path.name != "roots"]
 
 
+@pytest.mark.slow
 def test_a_study_runs_cells_once_and_shares_units(
     tiny_pair: tuple[Path, Path], tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -219,9 +219,11 @@ def test_embedded_public_rows_are_spread_over_tasks_and_domains() -> None:
 
 
 def test_the_fingerprint_is_of_the_public_rows_alone() -> None:
-    data = embedded()
-    assert data.fingerprint == embedded().fingerprint == embedded("clients.seed=3", "clients.per_task=3").fingerprint
-    assert len({data.fingerprint, embedded("seed=1").fingerprint, embedded("data.seed=2").fingerprint}) == 3
+    def found(*overrides: str) -> str:
+        return embedded("data.tasks=[gsm8k, drop]", *overrides).fingerprint
+
+    assert found() == found() == found("clients.seed=3", "clients.per_task=3")
+    assert len({found(), found("seed=1"), found("data.seed=2")}) == 3
 
 
 def test_a_fingerprint_tells_content_and_order_but_not_the_order_of_columns() -> None:

@@ -158,7 +158,9 @@ def test_an_update_file_with_missing_or_wrong_metadata_is_refused(
     file = tmp_path / "a.safetensors"
     write_update(file, update_of(root), root, INFO)
     rewrite(file, metadata=lambda meta: meta.pop(key) if damage == "missing" else meta.update({key: "{wrong"}))
-    with pytest.raises(UserError, match="is not an update file|made from root|layout|metadata is incomplete") as raised:
+    with pytest.raises(
+        UserError, match=r"is not an update file|made from root|layout|metadata is incomplete"
+    ) as raised:
         read_update(file, root)
     assert str(file) in str(raised.value)
 
@@ -340,7 +342,7 @@ def test_an_update_file_is_never_read_as_an_adapter(root: Root, tmp_path: Path) 
     with pytest.raises(UserError, match=r"tensor delta\.model.* is not part of a PEFT adapter; is it an update file"):
         read_adapter(folder, root)
     rewrite(folder / ADAPTER_WEIGHTS, metadata=lambda meta: meta.clear())
-    with pytest.raises(UserError, match="base model|not part of a PEFT adapter"):
+    with pytest.raises(UserError, match=r"base model|not part of a PEFT adapter"):
         read_adapter(folder, dataclasses.replace(root, hash="0" * 64))
 
 

@@ -1,0 +1,218 @@
+"""From row scores to the report, on numbers made by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gt_ray.evaluation.run import ClientScores
+from gt_ray.evaluation.scorer import RowScores, System
+from gt_ray.evaluation.summary import report_rows, summarise
+from gt_ray.tasks.data import Client
+
+Scores = Sequence[float]
+SIDES = {"P_S": "tinylm", "base_S": "tinylm"}
+
+
+def result(system: str, task: str, client: int, scores: Scores, log_likelihood: float = -1.0) -> ClientScores:
+    return ClientScores(
+        Client(f"{task}-{client}", task, "north-day", [], []),
+        System(system, SIDES.get(system, "llm")),  # type: ignore[arg-type]
+        RowScores([""] * len(scores), list(scores), [log_likelihood] * len(scores)),
+    )
+
+
+def results(table: dict[str, dict[str, list[Scores]]]) -> list[ClientScores]:
+    """From task -> system -> scores of each client."""
+    return [
+        result(system, task, client, scores)
+        for task, systems in table.items()
+        for system, clients in systems.items()
+        for client, scores in enumerate(clients)
+    ]
+
+
+def rows(right: int, n: int = 100) -> Scores:
+    """n test rows of which the first are right."""
+    return [100.0] * right + [0.0] * (n - right)
+
+
+DROP = {
+    "base_S": [rows(10), rows(14)],
+    "P_S": [rows(50), rows(60)],
+    "base_T": [rows(20), rows(20)],
+    "P_T": [rows(80), rows(90)],
+    "ours": [rows(68), rows(84)],
+    "mean_update": [rows(30), rows(50)],
+}
+SAMSUM = {
+    "base_S": [rows(0)],
+    "P_S": [rows(40)],
+    "base_T": [rows(10)],
+    "P_T": [rows(60)],
+    "ours": [rows(50)],
+    "mean_update": [rows(20)],
+}
+
+
+def test_pgr_and_gain_recovered_are_those_of_the_scores_averaged_over_clients() -> None:
+    entry = summarise(results({"drop": DROP}))["drop"]
+    means = {name: entry[name] for name in ("base_S", "P_S", "base_T", "P_T", "ours")}
+    assert means == {"base_S": 12, "P_S": 55, "base_T": 20, "P_T": 85, "ours": 76}
+    assert entry["controls"] == {"mean_update": 40} and entry["baselines"] == {}
+    # Not the mean of the clients' own PGRs, 60 and 80.
+    assert entry["pgr"] == pytest.approx(100 * (76 - 55) / (85 - 55))
+    assert entry["gain_recovered"] == pytest.approx(100 * (76 - 20) / (85 - 20))
+    assert "pgr_absent" not in entry
+
+
+def test_the_average_weighs_tasks_alike_after_averaging_over_their_clients() -> None:
+    summary = summarise(results({"drop": DROP, "samsum": SAMSUM}))
+    assert list(summary) == ["drop", "samsum", "average"]
+    average = summary["average"]
+    means = {name: average[name] for name in ("base_S", "P_S", "base_T", "P_T", "ours")}
+    assert means == {"base_S": 6, "P_S": 47.5, "base_T": 15, "P_T": 72.5, "ours": 63}
+    assert average["controls"] == {"mean_update": 30}
+    assert average["pgr"] == pytest.approx((70 + 50) / 2) and average["pgr_tasks"] == 2
+    assert average["gain_recovered"] == pytest.approx(100 * (63 - 15) / (72.5 - 15))
+
+
+def test_log_likelihoods_are_averaged_alike() -> None:
+    log_likelihoods = {"base_T": (-9.0, -7.0, -5.0), "P_T": (-3.0, -1.0, -1.0), "ours": (-5.0, -3.0, -2.0)}
+    made = [
+        result(system, task, client, rows(50), value)
+        for system, values in log_likelihoods.items()
+        for (task, client), value in zip((("drop", 0), ("drop", 1), ("samsum", 0)), values, strict=True)
+    ]
+    summary = summarise(made)
+    assert summary["drop"]["log_likelihood"] == {"base_T": -8, "P_T": -2, "ours": -4}
+    assert summary["drop"]["gain_recovered_log_likelihood"] == pytest.approx(100 * 4 / 6)
+    average = summary["average"]
+    assert average["log_likelihood"] == {"base_T": -6.5, "P_T": -1.5, "ours": -3.0}
+    assert average["gain_recovered_log_likelihood"] == pytest.approx(100 * 3.5 / 5)
+    assert "gain_recovered" not in average  # of the scores nothing was gained
+
+
+def paired_rows(gap: int, disagreements: int, n: int = 100) -> tuple[Scores, Scores]:
+    """Two systems that disagree on some rows, one of them `gap` rows better."""
+    first = [100.0] * ((disagreements + gap) // 2) + [0.0] * (n - (disagreements + gap) // 2)
+    second = [0.0] * ((disagreements + gap) // 2) + [100.0] * ((disagreements - gap) // 2)
+    return first, second + [0.0] * (n - len(second))
+
+
+@pytest.mark.parametrize(
+    ("gap", "disagreements", "there"), [(10, 10, True), (10, 40, False), (10, 20, True), (2, 2, False)]
+)
+def test_pgr_is_absent_with_a_reason_when_the_gap_is_below_2_paired_standard_errors(
+    gap: int, disagreements: int, there: bool
+) -> None:
+    P_T, P_S = paired_rows(gap, disagreements)
+    differences = np.subtract(P_T, P_S)
+    limit = 2 * differences.std(ddof=1) / math.sqrt(100)
+    assert (gap >= limit) == there  # the rows are as meant
+    entry = summarise(results({"drop": {"P_S": [P_S], "P_T": [P_T], "ours": [P_T]}}))["drop"]
+    assert ("pgr" in entry, "pgr_absent" in entry) == (there, not there)
+    if there:
+        assert entry["pgr"] == pytest.approx(100)
+    else:
+        reason = f"P_T - P_S = {gap:.1f} is below 2 paired standard errors ({limit:.1f})"
+        assert entry["pgr_absent"] == reason
+
+
+def test_the_standard_error_of_several_clients_shrinks_as_their_means_do() -> None:
+    P_T, P_S = paired_rows(10, 40)
+    clients = {"P_S": [P_S] * 4, "P_T": [P_T] * 4, "ours": [P_T] * 4}
+    assert summarise(results({"drop": clients}))["drop"]["pgr"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(("P_S", "P_T"), [(60, 50), (50, 50)])
+def test_pgr_is_absent_where_the_llm_gains_nothing_however_certain(P_S: int, P_T: int) -> None:
+    summary = summarise(results({"drop": {"P_S": [rows(P_S)], "P_T": [rows(P_T)], "ours": [rows(55)]}}))
+    assert "pgr" not in summary["drop"] and f"P_T - P_S = {P_T - P_S:.1f}" in summary["drop"]["pgr_absent"]
+    assert "pgr" not in summary["average"] and summary["average"]["pgr_absent"] == "absent in every task"
+
+
+def test_a_task_without_pgr_is_left_out_of_the_average_pgr_and_counted() -> None:
+    table = {"drop": DROP, "samsum": SAMSUM | {"P_T": [rows(40)]}}
+    average = summarise(results(table))["average"]
+    assert average["pgr"] == pytest.approx(70) and average["pgr_tasks"] == 1 and "pgr_absent" not in average
+
+
+def test_gain_recovered_is_absent_where_fine_tuning_gains_nothing() -> None:
+    entry = summarise(results({"drop": {"base_T": [rows(50)], "P_T": [rows(50)], "ours": [rows(55)]}}))["drop"]
+    assert "gain_recovered" not in entry
+
+
+def test_what_was_not_scored_is_absent() -> None:
+    entry = summarise(results({"drop": {"base_T": [rows(20)], "P_T": [rows(60)]}}))["drop"]
+    assert {"P_S", "base_S", "ours", "pgr", "pgr_absent", "gain_recovered", "ours_minus"}.isdisjoint(entry)
+    assert entry["P_T"] == 60 and entry["controls"] == {}
+    assert summarise([]) == {}
+
+
+def test_an_interval_of_rows_that_never_vary_is_the_difference_itself() -> None:
+    entry = summarise(results({"drop": {"ours": [rows(100)] * 3, "ridge": [rows(0)] * 3}}))["drop"]
+    assert entry["ours_minus"] == {"ridge": {"difference": 100, "low": 100, "high": 100}}
+
+
+def drawn(rng: np.random.Generator, clients: int, n: int) -> list[ClientScores]:
+    """`ours` is right on 70 % of the rows on average, a control on 60 %; clients differ from each other."""
+    made = []
+    for client in range(clients):
+        shift, uniform = rng.normal(0, 0.05, 2), rng.random((2, n))
+        for system, rate in (("ours", 0.7 + shift[0]), ("ridge", 0.6 + shift[1])):
+            made.append(result(system, "drop", client, (100.0 * (uniform[int(system == "ridge")] < rate)).tolist()))
+    return made
+
+
+def interval(made: list[ClientScores]) -> dict[str, float]:
+    found: dict[str, float] = summarise(made)["drop"]["ours_minus"]["ridge"]
+    return found
+
+
+def test_the_interval_covers_a_known_difference_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    found = [interval(drawn(rng, clients=12, n=100)) for _ in range(150)]
+    covered = np.mean([one["low"] <= 10 <= one["high"] for one in found])
+    assert 0.88 <= covered <= 1.0
+    assert np.mean([one["low"] > 0 for one in found]) > 0.8  # and is narrow enough to tell 10 points from none
+    assert all(one["low"] < one["difference"] < one["high"] for one in found)
+
+
+def test_the_interval_is_paired_over_rows_and_the_same_every_time() -> None:
+    rng = np.random.default_rng(1)
+    right = rng.random(400) < 0.5
+    better = np.where(np.arange(400) < 20, True, right)  # the same rows but a few
+    made = [result("ours", "drop", 0, (100.0 * better).tolist()), result("ridge", "drop", 0, (100.0 * right).tolist())]
+    found = interval(made)
+    assert found == interval(made)
+    assert found["high"] - found["low"] < 4  # unpaired it would be 14
+
+
+def test_report_rows_are_one_per_client_and_system_with_standard_errors() -> None:
+    made = [result("ours", "drop", 0, rows(25), -3.5), result("P_S", "samsum", 1, [50.0, 70.0])]
+    first, second = report_rows(made, seed=4)
+    expected: dict[str, Any] = {
+        "task": "drop",
+        "client": "drop-0",
+        "domain": "north-day",
+        "mechanism": "sft",
+        "seed": 4,
+        "system": "ours",
+        "metric": "accuracy",
+        "score": 25.0,
+        "log_likelihood": -3.5,
+        "n_test": 100,
+    }
+    assert {key: first[key] for key in expected} == expected
+    assert first["se"] == pytest.approx(100 * math.sqrt(0.25 * 0.75 / 99))
+    assert (second["metric"], second["score"], second["n_test"]) == ("rouge1", 60.0, 2)
+    assert second["se"] == pytest.approx(10.0)
+
+
+def test_a_single_test_row_has_no_standard_error() -> None:
+    assert report_rows([result("ours", "drop", 0, [100.0])], seed=0)[0]["se"] == 0.0
