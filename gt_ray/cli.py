@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,11 +73,11 @@ def generate(
     """Generate LLM adapters (section 4.3): from --update files, or else from the study's simulated clients."""
     from gt_ray.studies.pipeline import generate_files, generate_stage, prepare
 
-    study = prepare(_config(preset, overrides, quiet))
+    config = _config(preset, overrides, quiet)
     if update:
-        generate_files(study, update, out, pooling)
+        generate_files(config, update, out, pooling)
     else:
-        generate_stage(study)
+        generate_stage(prepare(config))
 
 
 @app.command(epilog="Example: `gt-ray evaluate --preset embedded evaluation.test_rows=100`")
@@ -112,7 +113,7 @@ def study(
     from gt_ray.studies.study import run_study
 
     progress.quiet(quiet)
-    run_study(preset, overrides or [], [text.split() for text in cell or [""]], name)
+    run_study(preset, overrides or [], [shlex.split(text) for text in cell or [""]], name)
 
 
 @app.command(epilog="Example: `gt-ray presets`")

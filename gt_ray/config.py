@@ -84,10 +84,13 @@ class CurationSettings(Section):
     shadows: int = Field(300, ge=2)
     samples: int = Field(1024, ge=1, description="rows of a shadow")
     snapshots: int = Field(8, ge=1, description="updates kept of every run, the last among them")
-    snapshot_spacing: int = Field(1, ge=1, description="optimizer steps between two snapshots")
+    snapshot_spacing: int = Field(25, ge=1, description="optimizer steps between two snapshots")
+    recipe: Literal["spaced", "paper"] = Field(
+        "spaced", description="paper: keep the last 200 steps instead (section 6)"
+    )
     plan: Literal["domains", "iid"] = Field(
         "domains",
-        description="domains: task and domain first, then rows; iid: rows of all tasks alike (the paper's)",
+        description="domains: task and domain first, then rows; iid: rows of a task at random (the paper's)",
     )
     overlap: bool = Field(True, description="may two shadows share rows")
     seed: int = 0
@@ -96,6 +99,8 @@ class CurationSettings(Section):
     @property
     def snapshot_steps(self) -> tuple[int, ...]:
         """Optimizer steps from the end, largest first; the last is 0 (decision 4)."""
+        if self.recipe == "paper":
+            return tuple(reversed(range(200)))
         return tuple(j * self.snapshot_spacing for j in reversed(range(self.snapshots)))
 
 
@@ -159,7 +164,7 @@ class Config(Section):
     """A study."""
 
     preset: str = "custom"
-    seed: int = Field(0, description="added to every seed of the tree, so that one number repeats a study")
+    seed: int = Field(0, description="added to every seed but root_seed, so that one number repeats a study")
     name: str | None = Field(None, description="run folder under `runs`; none: <preset>-seed<seed>")
     runs: Path = Path("runs")
     store: Path = Path("store")
@@ -177,8 +182,7 @@ class Config(Section):
             if model.fine_tune.steps < needed:
                 raise ValueError(
                     f"pair.{name}.fine_tune.steps={model.fine_tune.steps} is fewer than the {needed} steps that "
-                    f"curation.snapshots={self.curation.snapshots} at spacing "
-                    f"{self.curation.snapshot_spacing} reach back"
+                    f"the snapshots (curation.snapshots, snapshot_spacing, recipe) reach back"
                 )
         return self
 
@@ -186,6 +190,16 @@ class Config(Section):
     def run_folder(self) -> Path:
         """Where this study's results go."""
         return self.runs / (self.name or f"{self.preset}-seed{self.seed}")
+
+    def absolute(self) -> Config:
+        """The same with absolute paths: Ray's workers have another working folder."""
+
+        def local(model: ModelSettings) -> ModelSettings:
+            folder = Path(model.model)
+            return model.model_copy(update={"model": str(folder.resolve())}) if folder.is_dir() else model
+
+        pair = PairSettings(tinylm=local(self.pair.tinylm), llm=local(self.pair.llm))
+        return self.model_copy(update={"runs": self.runs.resolve(), "store": self.store.resolve(), "pair": pair})
 
     def to_yaml(self) -> str:
         """The full tree, loadable by `load_config`."""

@@ -26,6 +26,7 @@ PINNED = (
 HEAVY = ("ray", "vllm", "deepspeed", "opacus", "httpx")
 
 cpu_torch_only = pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build")
+ROOT = Path(__file__).parents[1]
 
 
 def normalised(name: str) -> str:
@@ -81,6 +82,15 @@ def test_constraints_name_versions_only() -> None:
     """No local version, address or path, so that the file serves every machine."""
     lines = [line for line in CONSTRAINTS.read_text().splitlines() if not line.startswith("#")]
     assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line)] == []
+
+
+def test_the_plain_layers_import_no_ray() -> None:
+    layers = ("updates", "tasks", "learning", "grad_transformer", "baselines", "pairs")
+    files = (path for layer in layers for path in (ROOT / "gt_ray" / layer).rglob("*.py"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files]
+    code = f"import sys, importlib; [importlib.import_module(n) for n in {names}]; print('ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["False"]
 
 
 def test_importing_gt_ray_imports_nothing_heavy() -> None:

@@ -40,12 +40,12 @@ class Shadows:
     @cached_property
     def ridge(self) -> Ridge:
         """Ridge regression with the penalty that predicts the validation shadows best."""
-        return max(
-            (Ridge(self.training, penalty) for penalty in LAMBDAS),
-            key=lambda ridge: (
-                -float((ridge(self.validation.z_S_KP) - self.validation.T_KLd.flatten(1)).square().mean())
-            ),
-        )
+
+        def error(ridge: Ridge) -> float:
+            known = self.validation
+            return float((ridge(known.z_S_KP) - known.T_KLd.flatten(1)).square().mean())
+
+        return min((Ridge(self.training, penalty) for penalty in LAMBDAS), key=error)
 
 
 class Ridge:

@@ -46,10 +46,10 @@ def model_settings(config: Config, side: Side) -> ModelSettings:
     return config.pair.tinylm if side == "tinylm" else config.pair.llm
 
 
-def shadow_job(config: Config, data: TaskData, root: Root, side: Side, shadow: Shadow) -> FineTuneJob:
+def shadow_job(config: Config, root: Root, side: Side, shadow: Shadow) -> FineTuneJob:
     """The fine-tune of a shadow."""
     steps = list(config.curation.snapshot_steps)
-    content = plan_content(config, shadow, data)
+    content = plan_content(config, shadow)
     return _job(
         config,
         root,
@@ -67,7 +67,7 @@ def shadow_job(config: Config, data: TaskData, root: Root, side: Side, shadow: S
 def client_job(config: Config, data: TaskData, root: Root, side: Side, client: Client) -> FineTuneJob:
     """A client's own fine-tune: of the TinyLM its update (P_S), of the LLM the ceiling (P_T)."""
     seed = config.clients.seed + config.seed * 1_000_003 + 500_000
-    content = {"client": fingerprint(data.rows(client.task, "private", client.private)), "seed": seed}
+    content = {"client": fingerprint(client.task, data.rows(client.task, "private", client.private)), "seed": seed}
     return _job(
         config,
         root,
@@ -86,7 +86,7 @@ def public_job(config: Config, data: TaskData, root: Root, side: Side, task: str
     """The control public_sft: a fine-tune on all public training rows of a task."""
     seed = config.curation.seed + config.seed * 1_000_003 + 900_000
     positions = data.positions(task, "public-train")
-    content = {"public": fingerprint(data.rows(task, "public-train", positions)), "seed": seed}
+    content = {"public": fingerprint(task, data.rows(task, "public-train", positions)), "seed": seed}
     return _job(config, root, side, f"public {task}", task, "public-train", positions, seed, [0], content)
 
 

@@ -1,7 +1,8 @@
 """The shadow plan: which rows, in which order, with which seed each fine-tune gets (decisions 1, 2 and 5).
 
-Everything of shadow k follows from the plan and k alone, not from the model or from the number of shadows, so TinyLM
-and LLM fine-tunes of one shadow are independent, and raising `curation.shadows` keeps the units that are there.
+Everything of shadow k follows from the plan and k alone, not from the model, so TinyLM and LLM fine-tunes of one shadow
+are independent. From 40 shadows on it does not depend on their number either: raising `curation.shadows` keeps the
+units that are there.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Shadow:
         validation: whether it is held out from Grad-Transformer training.
         seed: order of its rows in a fine-tune.
         positions: its rows, as positions in the pool (task, split).
+        rows: fingerprint of these rows.
     """
 
     k: int
@@ -37,6 +39,7 @@ class Shadow:
     validation: bool
     seed: int
     positions: list[int]
+    rows: str
 
     @property
     def split(self) -> str:
@@ -47,8 +50,8 @@ class Shadow:
 def plan_shadows(config: Config, data: TaskData) -> list[Shadow]:
     """All shadows of a study.
 
-    Every fifth shadow validates (more of few shadows, so that there are 8 of them); tasks and domains take turns, in
-    training and in validation shadows alike.
+    Every fifth shadow validates (of fewer than 40 more, for 8 of them, at most every second); tasks and domains take
+    turns, in training and in validation shadows alike.
 
     Raises:
         UserError: a shadow needs more rows than there are, alone or, where the plan forbids overlap, with the others.
@@ -81,11 +84,12 @@ def plan_shadows(config: Config, data: TaskData) -> list[Shadow]:
             positions = random.Random(f"shadow/{seed}").sample(available[place], settings.samples)
         else:
             positions = available[place][first : first + settings.samples]
-        shadows.append(Shadow(k, task, domain, validation, seed, positions))
+        rows = fingerprint(task, data.rows(task, split, positions))
+        shadows.append(Shadow(k, task, domain, validation, seed, positions, rows))
     return shadows
 
 
-def plan_content(config: Config, shadow: Shadow, data: TaskData) -> dict[str, Any]:
+def plan_content(config: Config, shadow: Shadow) -> dict[str, Any]:
     """What the key of a unit says of the plan."""
     return {
         "plan": PLAN_VERSION,
@@ -97,5 +101,5 @@ def plan_content(config: Config, shadow: Shadow, data: TaskData) -> dict[str, An
         "task": shadow.task,
         "domain": shadow.domain,
         "split": shadow.split,
-        "rows": fingerprint(data.rows(shadow.task, shadow.split, shadow.positions)),
+        "rows": shadow.rows,
     }

@@ -37,15 +37,14 @@ class Study:
         Raises:
             UserError: models, data or plan are not usable.
         """
-        roots: dict[Side, Root] = {
-            side: make_root(model_settings(config, side), config.store / "roots") for side in SIDES
-        }
+        config = config.absolute()
+        roots = load_roots(config)
         data = load_data(config)
         return cls(config, data, roots, plan_shadows(config, data), UpdateStore(config.store))
 
     def shadow_jobs(self, side: Side) -> list[FineTuneJob]:
         """The fine-tunes of all shadows of one model, in the order of the shadows."""
-        return [shadow_job(self.config, self.data, self.roots[side], side, shadow) for shadow in self.shadows]
+        return [shadow_job(self.config, self.roots[side], side, shadow) for shadow in self.shadows]
 
     def client_jobs(self, side: Side) -> list[FineTuneJob]:
         """The fine-tunes of all clients, in the order of the clients."""
@@ -54,6 +53,11 @@ class Study:
     def public_jobs(self) -> list[FineTuneJob]:
         """LLM fine-tunes on each task's public rows (control public_sft)."""
         return [public_job(self.config, self.data, self.roots["llm"], "llm", task) for task in self.config.data.tasks]
+
+
+def load_roots(config: Config) -> dict[Side, Root]:
+    """The pair's roots, cached in the store."""
+    return {side: make_root(model_settings(config, side), config.store / "roots") for side in SIDES}
 
 
 class FineTuner:
@@ -118,13 +122,6 @@ class FineTuner:
         return self.loaded[1], self.loaded[2]
 
 
-def curate(config: Config) -> Study:
-    """Fine-tune both models on every shadow that the store lacks (section 4.1)."""
-    study = Study.load(config)
-    run_fine_tunes(study, [job for side in reversed(SIDES) for job in study.shadow_jobs(side)], "curate")
-    return study
-
-
 def run_fine_tunes(study: Study, jobs: Sequence[FineTuneJob], stage: str) -> int:
     """Run those jobs whose unit the store lacks; finished units are kept whatever happens.
 
@@ -133,22 +130,25 @@ def run_fine_tunes(study: Study, jobs: Sequence[FineTuneJob], stage: str) -> int
     """
     study.store.sweep()
     keys = set(study.store.missing([job.key for job in jobs]))
-    missing = [job for job in jobs if job.key in keys]
-    if not missing:
+    if not keys:
         say(f"{stage}: nothing to do, all {len(jobs)} units are in {study.config.store}")
         return 0
-    say(f"{stage}: {len(missing)} of {len(jobs)} units to fine-tune")
+    say(f"{stage}: {len(keys)} of {len(jobs)} units to fine-tune")
     ray = connect()
     import pyarrow as pa
 
     # Inside a dictionary a reference stays one, so that every actor does not carry all rows in its arguments.
     shared = {"study": ray.put(study)}
     done = 0
-    with bar(stage, len(missing)) as progress:
-        for num_gpus in sorted({model_settings(study.config, job.side).num_gpus for job in missing}):
-            group = [job for job in missing if model_settings(study.config, job.side).num_gpus == num_gpus]
+    with bar(stage, len(keys)) as progress:
+        for num_gpus in sorted({model_settings(study.config, job.side).num_gpus for job in jobs}):
+            group = [job for job in jobs if model_settings(study.config, job.side).num_gpus == num_gpus]
             # A block is a group of one model and task: lengths are alike, and the actor trains the block at once.
-            blocks = [pa.table({"job": [json.dumps(job.as_row()) for job in jobs]}) for jobs in _groups(study, group)]
+            # Groups do not depend on what is missing, so a unit that is redone has the neighbours that it had before.
+            wanted = [members for members in _groups(study, group) if any(job.key in keys for job in members)]
+            if not wanted:
+                continue
+            blocks = [pa.table({"job": [json.dumps(job.as_row()) for job in members]}) for members in wanted]
             dataset = ray.data.from_arrow(blocks).map_batches(
                 FineTuner,
                 fn_constructor_args=(shared,),
@@ -158,8 +158,9 @@ def run_fine_tunes(study: Study, jobs: Sequence[FineTuneJob], stage: str) -> int
                 compute=ray.data.ActorPoolStrategy(size=min(study.config.curation.workers, len(blocks))),
             )
             for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-                done += len(batch["key"])
-                progress.advance(len(batch["key"]))
+                finished = len(keys.intersection(batch["key"]))
+                done += finished
+                progress.advance(finished)
     return done
 
 

@@ -1,1 +1,1 @@
-"""Scoring systems on clients' test rows, PGR and gain recovered, the report."""
+"""Scoring systems on clients' test rows; PGR, gain recovered and intervals."""

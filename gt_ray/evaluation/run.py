@@ -19,6 +19,9 @@ from gt_ray.tasks.data import Client, fingerprint
 from gt_ray.updates.files import write_atomically
 from gt_ray.updates.store import unit_key
 
+SCORER_VERSION = 1
+"""Raise it when scores of the same outputs change: answer extraction, metric, decoding."""
+
 
 @dataclass(frozen=True)
 class ClientScores:
@@ -115,8 +118,9 @@ def _key(study: Study, system: System, client: Client) -> str:
             "root": study.roots[system.side].hash,
             "dtype": model_settings(study.config, system.side).dtype,
             "update": hashlib.sha256(update).hexdigest(),
-            "test": fingerprint(study.data.rows(client.task, "test", client.test)),
+            "test": fingerprint(client.task, study.data.rows(client.task, "test", client.test)),
             "max_new_tokens": settings.max_new_tokens,
+            "scorer": SCORER_VERSION,
         }
     )
 

@@ -168,17 +168,18 @@ class GradTransformer(nn.Module):
             config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             if config.get("format") != FORMAT:
                 raise UserError(f"{folder} is no Grad-Transformer checkpoint ({FORMAT})")
-            weights = load_file(folder / WEIGHTS)
-        except (OSError, ValueError, SafetensorError) as error:
+            model = cls(
+                Layout.from_json(config["layout_S"]),
+                Layout.from_json(config["layout_T"]),
+                _without_embeddings(T5Config(**config["phi"])),
+                config["roots"],
+                config["input_clip"],
+            )
+            model.load_state_dict(load_file(folder / WEIGHTS))
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(f"no usable Grad-Transformer checkpoint in {folder}: {error}") from error
-        model = cls(
-            Layout.from_json(config["layout_S"]),
-            Layout.from_json(config["layout_T"]),
-            _without_embeddings(T5Config(**config["phi"])),
-            config["roots"],
-            config["input_clip"],
-        )
-        model.load_state_dict(weights)
         return model.eval()
 
 
@@ -195,6 +196,7 @@ def make_phi(settings: PhiSettings) -> T5Model:
         return _without_embeddings(
             T5Config(
                 vocab_size=1,
+                eos_token_id=0,
                 d_model=settings.d_model,
                 d_kv=settings.d_model // settings.heads,
                 d_ff=settings.d_ff,
@@ -206,7 +208,7 @@ def make_phi(settings: PhiSettings) -> T5Model:
             )
         )
     try:
-        phi = T5Model.from_pretrained(settings.pretrained)
+        phi = T5Model.from_pretrained(settings.pretrained, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"grad_transformer.phi.pretrained={settings.pretrained!r}: {error}") from error
     return _drop_embeddings(phi)

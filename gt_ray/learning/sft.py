@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,6 @@ def fine_tune(
     seeds: Sequence[int],
     settings: FineTuneSettings,
     snapshot_steps: Sequence[int] = (0,),
-    progress: Callable[[int], None] | None = None,
 ) -> list[FineTuned]:
     """Fine-tune one adapter on each of G data sets, all from the same root (section 4.1).
 
@@ -53,7 +52,6 @@ def fine_tune(
         datasets: the samples of each adapter.
         seeds: order of each adapter's samples.
         snapshot_steps: optimizer steps from the end at which the update is kept.
-        progress: called with the number of optimizer steps done.
 
     Raises:
         UserError: an empty data set, fewer steps than snapshots reach back, or a loss that is not finite.
@@ -90,8 +88,6 @@ def fine_tune(
             losses.append(loss_G.detach().cpu())
             if settings.steps - step - 1 in snapshot_steps:
                 kept.append(layout.to_array(parameters) - start_Ld)
-            if progress:
-                progress(step + 1)
     snapshots_GJLd, losses_GS = torch.stack(kept, 1), torch.stack(losses, 1)
     for g in range(G):
         if not bool(torch.isfinite(losses_GS[g]).all() and torch.isfinite(snapshots_GJLd[g]).all()):

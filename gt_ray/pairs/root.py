@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,11 @@ def make_root(settings: ModelSettings, cache: Path | None = None) -> Root:
         UserError: the model has no weights, tokenizer or such target modules.
     """
     folder = resolve(settings.model)
-    initial = initial_adapter(folder, settings.lora, settings.root_seed)
     cached = cache / f"{_stat_key(folder, settings)}.safetensors" if cache else None
     if cached and cached.is_file():
         with contextlib.suppress(UserError):  # a damaged one is made again
-            return Root(Root.load(cached).hash, settings.model, settings.lora, initial)
+            return replace(Root.load(cached), base_model=settings.model)
+    initial = initial_adapter(folder, settings.lora, settings.root_seed)
     root = Root(hash_root(folder, settings.lora, initial), settings.model, settings.lora, initial)
     if cached:
         partial = cached.with_name(f".{cached.name}.{uuid.uuid4().hex[:8]}")

@@ -21,7 +21,7 @@ def run_study(preset: str, common: list[str], cells: list[list[str]], name: str)
     Raises:
         UserError: a config is wrong, or two cells are the same.
     """
-    configs = [_cell_config(preset, [*common, *cell], name, number) for number, cell in enumerate(cells)]
+    configs = [_cell_config(preset, [*common, *cell], name) for cell in cells]
     hashes = [_content(config) for config in configs]
     if len(set(hashes)) < len(hashes):
         raise UserError(f"study {name}: two cells are the same: {[' '.join(cell) for cell in cells]}")
@@ -47,9 +47,10 @@ def run_study(preset: str, common: list[str], cells: list[list[str]], name: str)
     return tree
 
 
-def _cell_config(preset: str, overrides: list[str], name: str, number: int) -> Config:
+def _cell_config(preset: str, overrides: list[str], name: str) -> Config:
+    """A cell's config; its folder is named by content, so that cells may be added or reordered."""
     config = load_config(preset, overrides)
-    return config.model_copy(update={"runs": config.runs / name, "name": f"cell-{number}"})
+    return config.model_copy(update={"runs": config.runs / name, "name": f"cell-{_content(config)[:12]}"})
 
 
 def _content(config: Config) -> str:

@@ -8,7 +8,6 @@ import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +41,6 @@ class TaskData:
 
     pools: dict[tuple[str, str], list[Row]]
     clients: list[Client] = field(default_factory=list)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the public rows; part of a curation unit's key."""
-        return fingerprint(row for key in sorted(self.pools) if key[1] in PUBLIC for row in self.pools[key])
 
     def kinds(self) -> list[tuple[str, str]]:
         """All (task, domain) of the public training rows; the tasks take turns."""
@@ -91,11 +85,12 @@ def load_data(config: Config) -> TaskData:
     return TaskData(pools, clients)
 
 
-def fingerprint(rows: Iterable[Row]) -> str:
-    """SHA-256 of rows in canonical form."""
-    digest = hashlib.sha256()
+def fingerprint(task: str, rows: Iterable[Row]) -> str:
+    """SHA-256 of what fine-tuning and scoring see of rows: prompt, target and accepted answers."""
+    digest = hashlib.sha256(task.encode())
     for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=True, default=str).encode())
+        seen = [TASKS[task].prompt(row), TASKS[task].target(row), TASKS[task].references(row)]
+        digest.update(json.dumps(seen, ensure_ascii=True).encode())
     return digest.hexdigest()
 
 

@@ -47,18 +47,16 @@ def train(study: Study) -> Path:
     settings = study.config.grad_transformer
     out = study.config.run_folder / "grad_transformer"
     keys = {validation: shadow_keys(study, validation) for validation in (False, True)}
-    trained_by = unit_key(
-        {
-            "settings": settings.model_dump(mode="json"),
-            "units": keys[False] + keys[True],
-            "seed": study.config.seed,
-        }
-    )
+    if missing := study.store.missing([row[side] for rows in keys.values() for row in rows for side in ("S", "T")]):
+        raise UserError(
+            f"{len(missing)} units are missing from {study.config.store}, such as {missing[0]}; curate first"
+        )
+    trained_by = training_key(study)
     if _finished(out, trained_by):
         say(f"train: nothing to do, {out} is trained")
         return out
     ray = connect()
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     start = study.config.run_folder / "training" / f"start-{trained_by[:12]}"
@@ -67,14 +65,17 @@ def train(study: Study) -> Path:
     training = settings.training
     progress_file = (study.config.run_folder / "training" / "step").resolve()
     n_tuples = len(keys[False]) * study.config.curation.snapshots
-    total = training.epochs * n_tuples // training.batch_size
+    if training.batch_size % training.workers:
+        raise UserError(f"training.batch_size={training.batch_size} does not divide among {training.workers} workers")
+    # Each worker gets an equal share of the tuples and drops what does not fill its last batch.
+    total = (training.epochs * n_tuples // training.workers) // (training.batch_size // training.workers)
     if total == 0:
         raise UserError(
             f"{n_tuples} tuples are fewer than one batch of {training.batch_size}; lower training.batch_size"
         )
     say(f"train: {n_tuples} tuples, {training.epochs} epochs, {total} optimizer steps")
     rows = epoch_rows(keys[False], range(training.epochs), training.seed + study.config.seed)
-    load = partial(load_tuples, store=study.store, seed=training.seed)
+    load = partial(load_tuples, store=study.store, seed=training.seed + study.config.seed)
     streams = {
         "train": ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // (8 * UNITS_A_TASK))).map_batches(
             load, fn_kwargs={"last_only": False}, batch_size=UNITS_A_TASK, num_cpus=0.5
@@ -93,6 +94,7 @@ def train(study: Study) -> Path:
             "events": str((study.config.run_folder / "events").resolve()),
         },
         datasets=streams,
+        dataset_config=DataConfig(datasets_to_split=["train"]),  # every worker validates on all validation tuples
         scaling_config=ScalingConfig(
             num_workers=training.workers,
             use_gpu=training.num_gpus > 0,
@@ -154,6 +156,32 @@ def _followed(progress_file: Path, total: int) -> Iterator[None]:
             thread.join()
 
 
+def training_key(study: Study) -> str:
+    """Hash of all that a Grad-Transformer's training depends on."""
+    units = [row for validation in (False, True) for row in shadow_keys(study, validation)]
+    settings = study.config.grad_transformer.model_dump(mode="json")
+    return unit_key({"settings": settings, "units": units, "seed": study.config.seed})
+
+
+def load_trained(study: Study) -> GradTransformer:
+    """The study's trained Grad-Transformer.
+
+    Raises:
+        UserError: there is none, or it was trained with other settings or on other shadows than the study has now.
+    """
+    out = study.config.run_folder / "grad_transformer"
+    model = GradTransformer.load(out)
+    try:
+        trained_by = json.loads((out / STATE).read_text(encoding="utf-8")).get("trained_by")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{out / STATE} is absent or damaged ({error}); train again") from error
+    if trained_by != training_key(study):
+        raise UserError(
+            f"{out} was trained with other settings than this study's; train again, or give it another name="
+        )
+    return model
+
+
 def _finished(out: Path, trained_by: str) -> bool:
     try:
         state = json.loads((out / STATE).read_text(encoding="utf-8"))
@@ -185,6 +213,7 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     world, rank = context.get_world_size(), context.get_world_rank()
     model = GradTransformer.load(Path(config["start"])).train()
+    trained = ray.train.torch.prepare_model(model)  # moves the model, so before the optimizer takes its parameters
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     warmup = max(1, round(settings.warmup_share * config["steps"]))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -196,12 +225,11 @@ def _worker(config: dict[str, Any]) -> None:
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             done, history = _restore(Path(folder), model, optimizer, schedule)
-    trained = ray.train.torch.prepare_model(model)
     device = ray.train.torch.get_device()
     validation = _validation_tuples(device)
     writer = SummaryWriter(config["events"]) if rank == 0 else None
     batches = ray.train.get_dataset_shard("train").iter_torch_batches(
-        batch_size=max(1, settings.batch_size // world), device=device, drop_last=True, prefetch_batches=2
+        batch_size=settings.batch_size // world, device=device, drop_last=True, prefetch_batches=2
     )
     losses: list[float] = []
     started = time.perf_counter()

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gt_ray.curation.jobs import Side
 from gt_ray.curation.run import Study
-from gt_ray.errors import UserError
 from gt_ray.updates.store import UpdateStore
 
 UNITS_A_TASK = 24
@@ -23,11 +22,7 @@ UNITS_A_TASK = 24
 
 
 def shadow_keys(study: Study, validation: bool) -> list[dict[str, Any]]:
-    """Keys of both units of each training or validation shadow, with its task.
-
-    Raises:
-        UserError: a unit is missing; curation has to run first.
-    """
+    """Keys of both units of each training or validation shadow, with its task."""
     sides: tuple[Side, Side] = ("tinylm", "llm")
     jobs = {side: study.shadow_jobs(side) for side in sides}
     rows: list[dict[str, Any]] = [
@@ -39,10 +34,6 @@ def shadow_keys(study: Study, validation: bool) -> list[dict[str, Any]]:
         for i, shadow in enumerate(study.shadows)
         if shadow.validation == validation
     ]
-    if missing := study.store.missing([row[side] for row in rows for side in ("S", "T")]):
-        raise UserError(
-            f"{len(missing)} units are missing from {study.config.store}, such as {missing[0]}; curate first"
-        )
     return rows
 
 

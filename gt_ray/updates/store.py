@@ -138,5 +138,6 @@ class UpdateStore:
     def sweep(self) -> None:
         """Remove what killed writers left behind, once it is a day old."""
         for partial in self.folder.glob(".partial-*"):
-            if time.time() - partial.stat().st_mtime > STALE_S:
-                shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # its writer has just finished
+                if time.time() - partial.stat().st_mtime > STALE_S:
+                    shutil.rmtree(partial, ignore_errors=True)

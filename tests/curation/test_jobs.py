@@ -29,7 +29,7 @@ class Study:
         self.roots: dict[Side, Root] = {side: make_root(model_settings(self.config, side)) for side in SIDES}
 
     def shadow(self, side: Side, k: int = 3) -> FineTuneJob:
-        return shadow_job(self.config, self.data, self.roots[side], side, self.shadows[k])
+        return shadow_job(self.config, self.roots[side], side, self.shadows[k])
 
     def client(self, side: Side) -> FineTuneJob:
         return client_job(self.config, self.data, self.roots[side], side, self.data.clients[0])

@@ -169,13 +169,13 @@ def test_neighbouring_seeds_of_one_task_share_no_shadow(data: TaskData) -> None:
 def test_a_key_holds_the_content_of_the_rows_and_all_of_the_plan_that_matters(data: TaskData) -> None:
     config = config_of()
     shadow = plan_shadows(config, data)[4]
-    content = plan_content(config, shadow, data)
+    content = plan_content(config, shadow)
     assert (content["k"], content["seed"], content["split"]) == (4, shadow.seed, "public-validation")
-    assert content == plan_content(config_of("curation.shadows=41", "pair.llm.model=x"), shadow, data)
+    assert content == plan_content(config_of("curation.shadows=41", "pair.llm.model=x"), shadow)
     key, position = (shadow.task, shadow.split), shadow.positions[0]
     changed = list(data.pools[key])
     changed[position] = {**changed[position], "summary": "other", "answer": "other"}
-    other = plan_content(config, shadow, TaskData(data.pools | {key: changed}))
+    other = plan_content(config, plan_shadows(config, TaskData(data.pools | {key: changed}))[4])
     assert {name for name in content if content[name] != other[name]} == {"rows"}
 
 

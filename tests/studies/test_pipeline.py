@@ -77,7 +77,7 @@ def test_running_again_repeats_the_scores_without_work(
 def test_several_update_files_become_one_adapter(report: dict[str, Any], config: Config, tmp_path: Path) -> None:
     study = Study.load(config)
     files = [update_file(config.run_folder, client) for client in study.data.clients]
-    generate_files(study, files, tmp_path / "adapter", "mean")
+    generate_files(config, files, tmp_path / "adapter", "mean")
     pooled = sum(read_update(file, study.roots["tinylm"])[0] for file in files) / len(files)
     expected = GradTransformer.load(config.run_folder / "grad_transformer").generate(pooled[None])[0]  # type: ignore[index]
     assert (read_adapter(tmp_path / "adapter", study.roots["llm"]) - expected).abs().max() < 1e-6
@@ -92,16 +92,25 @@ def test_an_adapter_of_another_pair_is_refused(
     checkpoint.parent.mkdir(parents=True)
     checkpoint.symlink_to((config.run_folder / "grad_transformer").resolve())
     with pytest.raises(UserError, match="trained for tinylm root") as error:
-        generate_files(other, [file], tmp_path / "adapter", "mean")
+        generate_files(other.config, [file], tmp_path / "adapter", "mean")
     for root in (other.roots["tinylm"].hash, Study.load(config).roots["tinylm"].hash):
         assert root in str(error.value)
+
+
+def test_artefacts_of_other_settings_are_refused(report: dict[str, Any], config: Config) -> None:
+    other = load_config(str(config.run_folder / "config.yaml"), ["curation.samples=4"])
+    with pytest.raises(UserError, match="trained with other settings"):
+        evaluate_stage(Study.load(other))
+    other = load_config(str(config.run_folder / "config.yaml"), ["clients.seed=9"])
+    with pytest.raises(UserError, match=r"absent or damaged"):
+        evaluate_stage(Study.load(other))
 
 
 def test_stages_out_of_order_say_what_is_missing_before_any_work(tiny: Config) -> None:
     study = Study.load(tiny)
     with pytest.raises(UserError, match="no usable Grad-Transformer checkpoint"):
         generate_stage(study)
-    with pytest.raises(UserError, match="is no PEFT adapter"):
+    with pytest.raises(UserError, match="no usable Grad-Transformer checkpoint"):
         evaluate_stage(study)
     assert not [path for path in tiny.store.iterdir() if path.name != "roots"]
 
