@@ -238,7 +238,9 @@ def _worker(config: dict[str, Any]) -> None:
             break
         if step < done:  # the data of steps that a checkpoint already holds
             continue
-        generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + step * world + rank)
+        step_seed = config["seed"] * 1_000_003 + step * world + rank
+        torch.manual_seed(step_seed)  # dropout
+        generator = torch.Generator().manual_seed(step_seed)
         update_S, update_T = pool_at_random(
             batch["S"].float(), batch["T"].float(), batch["task"].cpu(), settings.pool_max, generator
         )

@@ -36,12 +36,19 @@ def test_training_learns_resumes_and_is_not_repeated(
     capsys.readouterr()
     train(study)
     assert "train: nothing to do" in capsys.readouterr().err
+    # The same seed gives the same weights, dropout included.
+    repeated = Study.load(study.config.model_copy(update={"name": "repeated"}))
+    assert study.config.grad_transformer.phi.dropout > 0
+    _assert_equal(model, GradTransformer.load(train(repeated)))
     # Without the exported result, the training goes on from its last checkpoint, the end: the same weights again.
     (out / "model.safetensors").write_bytes(b"damaged")
     train(study)
-    again = GradTransformer.load(out)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name
+    _assert_equal(model, GradTransformer.load(out))
+
+
+def _assert_equal(first: GradTransformer, second: GradTransformer) -> None:
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
 
 
 Training = tuple[GradTransformer, torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]
