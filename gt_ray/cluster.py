@@ -10,7 +10,10 @@ from gt_ray.errors import require
 
 
 def connect() -> Any:
-    """The `ray` module, connected. Uses RAY_ADDRESS (set inside `ray job submit`), else starts Ray on this machine."""
+    """The `ray` module, connected.
+
+    Uses RAY_ADDRESS (set inside `ray job submit`), else a cluster that `ray start` runs here, else starts Ray.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray Data's actors always draw an alarming line about restarts; errors that matter reach us as exceptions.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
