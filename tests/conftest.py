@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A shell starts background jobs with Ctrl-C ignored, and processes inherit that; the tests interrupt some.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
