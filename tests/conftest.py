@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# A shell starts background jobs with Ctrl-C ignored, and processes inherit that; the tests interrupt some.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
 
 from gt_ray.config import Config, load_config
 from gt_ray.pairs.models import EMBEDDED
+
+# A shell starts background jobs with Ctrl-C ignored, and processes inherit that; the tests interrupt some.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_model_folder(folder: Path, hidden: int, layers: int, seed: int = 0, dtype: str = "float32") -> Path:
