@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -112,8 +113,12 @@ def train(study: Study) -> Path:
             ),
         ),
     )
-    with _followed(progress_file, total):
-        result = trainer.fit()
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        with _followed(progress_file, total):
+            result = trainer.fit()
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own, which later stages would be deaf by
     best, metrics = min(result.best_checkpoints, key=lambda pair: pair[1]["validation_generated"])
     partial_out = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial_out, ignore_errors=True)

@@ -23,7 +23,7 @@ def test_training_learns_resumes_and_is_not_repeated(
     tiny_pair: tuple[Path, Path], tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = Study.load(tiny_config(tiny_pair, tmp_path, "grad_transformer.training.learning_rate=1e-2"))
-    with pytest.raises(UserError, match=r"12 units are missing .* curate first"):
+    with pytest.raises(UserError, match=r"24 units are missing .* curate first"):
         train(study)
     curate_stage(study)
     out = train(study)
