@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from gt_ray import progress
 from gt_ray.config import Config, load_config, preset_names
@@ -114,6 +115,91 @@ def study(
 
     progress.quiet(quiet)
     run_study(preset, overrides or [], [shlex.split(text) for text in cell or [""]], name)
+
+
+@app.command(epilog="Example: `gt-ray plan --preset qwen2.5-3b-to-7b --gpu-gb 80`")
+def plan(
+    preset: Preset = "embedded",
+    overrides: Overrides = None,
+    gpu_gb: Annotated[float, typer.Option(help="Memory of one GPU, in GB.")] = 80,
+) -> None:
+    """Estimate what curation takes, from the models' configs alone: memory, GPUs of an actor, size of the store."""
+    from rich.table import Table
+
+    from gt_ray.curation.planner import plan_rows
+
+    rows = plan_rows(_config(preset, overrides, quiet=False), int(gpu_gb * 1e9))
+    table = Table("curation of", *(row.pop("model") for row in rows), caption="estimates, from configs alone")
+    for name in rows[0]:
+        table.add_row(name, *(row[name] for row in rows))
+    Console().print(table)
+
+
+store_app = typer.Typer(no_args_is_help=True, help="Look after an update store: a folder, `s3://...` or `gs://...`.")
+app.add_typer(store_app, name="store", epilog="Example: `gt-ray store stat store`")
+Location = Annotated[str, typer.Argument(metavar="LOCATION", help="Folder, `s3://bucket/folder` or `gs://...`.")]
+
+
+@store_app.command(epilog="Example: `gt-ray store verify s3://bucket/store --remove`")
+def verify(
+    location: Location,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove damaged units; the next run makes them again.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Read every unit and compare its checksum. Prints damaged ones; exit code 2 if some are left."""
+    from gt_ray.updates.maintenance import damaged_units, remove_damaged
+    from gt_ray.updates.store import UpdateStore
+
+    progress.quiet(quiet)
+    store = UpdateStore(location)
+    damaged = damaged_units(store)
+    for key, reason in damaged.items():
+        typer.echo(f"{key}: {reason}")
+    if damaged and not remove:
+        raise UserError(f"{len(damaged)} units of {location} are damaged; --remove removes them")
+    removed = remove_damaged(store, damaged)
+    progress.say(
+        f"verify: {removed} damaged units removed, the others are whole" if removed else "verify: all is whole"
+    )
+
+
+@store_app.command(epilog="Example: `gt-ray store stat store`")
+def stat(location: Location, quiet: Quiet = False) -> None:
+    """Show what is in a store: units by root, purpose and layout, their size, and what is no unit."""
+    from gt_ray.updates.maintenance import statistics
+    from gt_ray.updates.store import UpdateStore
+
+    progress.quiet(quiet)
+    Console().print(statistics(UpdateStore(location)))
+
+
+@store_app.command(epilog="Example: `gt-ray store compact store --snapshots 1`")
+def compact(
+    location: Location,
+    snapshots: Annotated[
+        int | None,
+        typer.Option(help="Keep only the last N of every unit, for studies with curation.snapshots=N.", min=1),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make a store smaller: remove damaged units and what killed runs left a day ago, and drop --snapshots.
+
+    Units are always written compactly, so there is nothing to encode anew. It can be interrupted at any time.
+    """
+    from rich.filesize import decimal
+
+    from gt_ray.updates.maintenance import compact as compact_store
+    from gt_ray.updates.store import UpdateStore
+
+    progress.quiet(quiet)
+    done = compact_store(UpdateStore(location), snapshots)
+    progress.say(
+        f"compact: {decimal(done.bytes_before)} to {decimal(done.bytes_after)}; {done.damaged} damaged units and "
+        f"{done.strays} leftovers removed, {done.shortened} units shortened"
+        + (f", {done.kept_whole} kept whole: their keys do not name their snapshots" if done.kept_whole else "")
+    )
 
 
 @app.command(epilog="Example: `gt-ray presets`")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,16 +28,46 @@ class LoraSettings(Section):
     target_modules: tuple[str, ...] = ("q_proj", "k_proj")
 
 
+class StopSettings(Section):
+    """When a fine-tune ends: after `fine_tune.steps`, or "until convergence" (section 4.1)."""
+
+    when: Literal["steps", "plateau"] = Field(
+        "steps",
+        description="steps: linear decay over all steps; plateau: constant rate until a held-out public loss stands "
+        "still, then a linear decay; fine_tune.steps is the cap. Not with a private mechanism: it would look at data",
+    )
+    every: int = Field(100, ge=1, description="optimizer steps between two looks at the held-out loss")
+    patience: int = Field(3, ge=1, description="looks without improvement that make a plateau")
+    min_improvement: float = Field(0.01, ge=0, lt=1, description="share of the loss that counts as improvement")
+    decay_steps: int = Field(200, ge=1, description="steps of the decay; the snapshots lie within them")
+    held_out: int = Field(64, ge=1, description="public rows that the loss is computed on")
+
+
 class FineTuneSettings(Section):
     """How a model is fine-tuned on one data set; the defaults are Table 5."""
 
-    steps: int = Field(20000, ge=1, description="optimizer steps")
+    steps: int = Field(20000, ge=1, description="optimizer steps; the cap where stop.when=plateau")
+    stop: StopSettings = StopSettings()
     learning_rate: float = Field(1e-5, gt=0, description="peak of the linear schedule")
     batch_size: int = Field(16, ge=1, description="samples per optimizer step (the paper: 1 x 16 accumulated)")
     clip_norm: float = Field(0.1, gt=0, description="gradient clipping norm")
     weight_decay: float = Field(0.01, ge=0)
     max_length: int = Field(4096, ge=8, description="tokens; longer samples are errors")
     mechanism: Literal["sft"] = "sft"
+
+    @property
+    def last_steps(self) -> int:
+        """Optimizer steps, counted from the end, of which snapshots can be kept."""
+        return self.stop.decay_steps if self.stop.when == "plateau" else self.steps
+
+    @model_validator(mode="after")
+    def _check(self) -> FineTuneSettings:
+        if self.stop.when == "plateau" and self.stop.every + self.stop.decay_steps > self.steps:
+            raise ValueError(
+                f"steps={self.steps} is fewer than one look at the held-out loss and the decay after it "
+                f"(stop.every={self.stop.every} + stop.decay_steps={self.stop.decay_steps})"
+            )
+        return self
 
 
 class ModelSettings(Section):
@@ -48,8 +78,10 @@ class ModelSettings(Section):
     lora: LoraSettings = LoraSettings()
     root_seed: int = Field(0, description="seed that draws A0")
     fine_tune: FineTuneSettings = FineTuneSettings()
-    adapters_at_once: int = Field(1, ge=1, description="shadows that one worker trains together")
-    num_gpus: float = Field(0, ge=0, description="GPUs of one curation worker")
+    gradient_checkpointing: bool = Field(False, description="less memory for a fine-tune, a third more computing")
+    num_gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="GPUs of one curation worker; auto: by the model's size, none where the cluster has none"
+    )
 
 
 class PairSettings(Section):
@@ -94,7 +126,12 @@ class CurationSettings(Section):
     )
     overlap: bool = Field(True, description="may two shadows share rows")
     seed: int = 0
-    workers: int = Field(1, ge=1, description="fine-tuning actors")
+    adapters_at_once: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="shadows that one worker trains together; auto: by memory and speed"
+    )
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="most fine-tuning actors of a model; auto: by resources"
+    )
 
     @property
     def snapshot_steps(self) -> tuple[int, ...]:
@@ -167,7 +204,7 @@ class Config(Section):
     seed: int = Field(0, description="added to every seed but root_seed, so that one number repeats a study")
     name: str | None = Field(None, description="run folder under `runs`; none: <preset>-seed<seed>")
     runs: Path = Path("runs")
-    store: Path = Path("store")
+    store: str = Field("store", description="folder of the curated units, or s3://bucket/folder, gs://bucket/folder")
     pair: PairSettings
     data: DataSettings = DataSettings()
     curation: CurationSettings = CurationSettings()
@@ -179,9 +216,10 @@ class Config(Section):
     def _check(self) -> Config:
         for name, model in (("tinylm", self.pair.tinylm), ("llm", self.pair.llm)):
             needed = self.curation.snapshot_steps[0] + 1
-            if model.fine_tune.steps < needed:
+            if model.fine_tune.last_steps < needed:
+                key = "stop.decay_steps" if model.fine_tune.stop.when == "plateau" else "steps"
                 raise ValueError(
-                    f"pair.{name}.fine_tune.steps={model.fine_tune.steps} is fewer than the {needed} steps that "
+                    f"pair.{name}.fine_tune.{key}={model.fine_tune.last_steps} is fewer than the {needed} steps that "
                     f"the snapshots (curation.snapshots, snapshot_spacing, recipe) reach back"
                 )
         return self
@@ -199,7 +237,8 @@ class Config(Section):
             return model.model_copy(update={"model": str(folder.resolve())}) if folder.is_dir() else model
 
         pair = PairSettings(tinylm=local(self.pair.tinylm), llm=local(self.pair.llm))
-        return self.model_copy(update={"runs": self.runs.resolve(), "store": self.store.resolve(), "pair": pair})
+        store = self.store if "://" in self.store else str(Path(self.store).resolve())
+        return self.model_copy(update={"runs": self.runs.resolve(), "store": store, "pair": pair})
 
     def to_yaml(self) -> str:
         """The full tree, loadable by `load_config`."""

@@ -16,6 +16,9 @@ import torch
 from gt_ray.config import Config, load_config
 from gt_ray.pairs.models import EMBEDDED
 
+# Threads that wait for each other waste most of a busy machine; these models are too small to gain from a second one.
+torch.set_num_threads(1)
+
 # A shell starts background jobs with Ctrl-C ignored, and processes inherit that; the tests interrupt some.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

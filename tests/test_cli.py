@@ -39,6 +39,12 @@ def test_help_of_every_verb_shows_an_example(verb: str, capsys: pytest.CaptureFi
     assert f"Example: gt-ray {verb}" in re.sub(r"\s+", " ", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("verb", ["verify", "stat", "compact"])
+def test_help_of_every_store_verb_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("store", verb, "--help") == 0
+    assert f"Example: gt-ray store {verb}" in re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
 def test_the_verbs_are_those_of_the_jobs_and_more(capsys: pytest.CaptureFixture[str]) -> None:
     jobs = {file.stem for file in JOBS.glob("*.py") if "job(" in file.read_text()}
     assert {"curate", "train", "generate", "evaluate", "pipeline", "study"} <= jobs <= set(VERBS)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gt_ray.curation.run import Study
+from gt_ray.curation.study import Study
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parents[1]

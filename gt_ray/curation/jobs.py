@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from gt_ray.config import Config, ModelSettings
 from gt_ray.curation.plan import Shadow, plan_content
+from gt_ray.errors import UserError
 from gt_ray.pairs.root import Root
 from gt_ray.tasks.data import Client, TaskData, fingerprint
 from gt_ray.updates.store import unit_key
 
 Side = Literal["tinylm", "llm"]
 SIDES: tuple[Side, Side] = ("tinylm", "llm")
+HELD_OUT = "public-validation"
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class FineTuneJob:
     Attributes:
         name: for people, e.g. `shadow 12`.
         positions: rows in the pool (task, split).
+        held_out: rows in the pool (task, "public-validation") whose loss ends the fine-tune (`stop.when=plateau`).
         made_by: content of the key.
     """
 
@@ -32,6 +36,7 @@ class FineTuneJob:
     task: str
     split: str
     positions: list[int]
+    held_out: list[int]
     seed: int
     snapshot_steps: list[int]
     made_by: dict[str, Any]
@@ -46,63 +51,53 @@ def model_settings(config: Config, side: Side) -> ModelSettings:
     return config.pair.tinylm if side == "tinylm" else config.pair.llm
 
 
-def shadow_job(config: Config, root: Root, side: Side, shadow: Shadow) -> FineTuneJob:
+def shadow_job(config: Config, data: TaskData, root: Root, side: Side, shadow: Shadow) -> FineTuneJob:
     """The fine-tune of a shadow."""
+    rows = _Rows(shadow.task, shadow.domain, shadow.split, shadow.positions)
     steps = list(config.curation.snapshot_steps)
     content = plan_content(config, shadow)
-    return _job(
-        config,
-        root,
-        side,
-        f"shadow {shadow.k}",
-        shadow.task,
-        shadow.split,
-        shadow.positions,
-        shadow.seed,
-        steps,
-        content,
-    )
+    return _job(config, data, root, side, f"shadow {shadow.k}", rows, shadow.seed, steps, content)
 
 
 def client_job(config: Config, data: TaskData, root: Root, side: Side, client: Client) -> FineTuneJob:
     """A client's own fine-tune: of the TinyLM its update (P_S), of the LLM the ceiling (P_T)."""
+    rows = _Rows(client.task, client.domain, "private", client.private)
     seed = config.clients.seed + config.seed * 1_000_003 + 500_000
     content = {"client": fingerprint(client.task, data.rows(client.task, "private", client.private)), "seed": seed}
-    return _job(
-        config,
-        root,
-        side,
-        f"client {client.name}",
-        client.task,
-        "private",
-        client.private,
-        seed,
-        [0],
-        content,
-    )
+    return _job(config, data, root, side, f"client {client.name}", rows, seed, [0], content)
 
 
 def public_job(config: Config, data: TaskData, root: Root, side: Side, task: str) -> FineTuneJob:
     """The control public_sft: a fine-tune on all public training rows of a task."""
+    rows = _Rows(task, "", "public-train", data.positions(task, "public-train"))
     seed = config.curation.seed + config.seed * 1_000_003 + 900_000
-    positions = data.positions(task, "public-train")
-    content = {"public": fingerprint(task, data.rows(task, "public-train", positions)), "seed": seed}
-    return _job(config, root, side, f"public {task}", task, "public-train", positions, seed, [0], content)
+    content = {"public": fingerprint(task, data.rows(task, "public-train", rows.positions)), "seed": seed}
+    return _job(config, data, root, side, f"public {task}", rows, seed, [0], content)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of one task, as positions in the pool (task, split), and their domain where they have one."""
+
+    task: str
+    domain: str
+    split: str
+    positions: list[int]
 
 
 def _job(
     config: Config,
+    data: TaskData,
     root: Root,
     side: Side,
     name: str,
-    task: str,
-    split: str,
-    positions: list[int],
+    rows: _Rows,
     seed: int,
     snapshot_steps: list[int],
     content: Mapping[str, Any],
 ) -> FineTuneJob:
     settings = model_settings(config, side)
+    held_out = _held_out(data, rows, seed, settings.fine_tune.stop.held_out, name) if _by_plateau(settings) else []
     made_by = {
         "root": root.hash,
         "dtype": settings.dtype,
@@ -110,4 +105,23 @@ def _job(
         "snapshot_steps": snapshot_steps,
         **content,
     }
-    return FineTuneJob(unit_key(made_by), name, side, task, split, positions, seed, snapshot_steps, made_by)
+    if held_out:
+        made_by["held_out"] = fingerprint(rows.task, data.rows(rows.task, HELD_OUT, held_out))
+    key = unit_key(made_by)
+    return FineTuneJob(key, name, side, rows.task, rows.split, rows.positions, held_out, seed, snapshot_steps, made_by)
+
+
+def _by_plateau(settings: ModelSettings) -> bool:
+    return settings.fine_tune.stop.when == "plateau"
+
+
+def _held_out(data: TaskData, rows: _Rows, seed: int, n: int, name: str) -> list[int]:
+    """Public validation rows of the same task and domain that the fine-tune does not train on; the same for S and T."""
+    own = set(rows.positions) if rows.split == HELD_OUT else set()
+    free = [i for i in data.positions(rows.task, HELD_OUT, rows.domain) if i not in own]
+    if len(free) < n:
+        raise UserError(
+            f"{name}: {len(free)} rows of {rows.task} {rows.domain} are left to hold out, fine_tune.stop.held_out={n}; "
+            "lower it, or curation.samples"
+        )
+    return random.Random(f"held-out/{seed}").sample(free, n)

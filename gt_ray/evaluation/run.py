@@ -11,7 +11,7 @@ from typing import Any
 
 from gt_ray.cluster import connect
 from gt_ray.curation.jobs import Side, model_settings
-from gt_ray.curation.run import Study
+from gt_ray.curation.study import Study
 from gt_ray.evaluation.scorer import RowScores, System, TransformersScorer
 from gt_ray.progress import bar, say
 from gt_ray.tasks import TASKS

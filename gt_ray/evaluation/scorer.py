@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gt_ray.config import ModelSettings
 from gt_ray.curation.jobs import Side
+from gt_ray.learning.losses import TargetLosses
 from gt_ray.learning.samples import encode, prompt_texts
-from gt_ray.learning.sft import collate, target_losses
 from gt_ray.learning.stacked import stacked
 from gt_ray.pairs.models import load_model, load_tokenizer
 from gt_ray.pairs.root import Root
@@ -69,6 +69,7 @@ class TransformersScorer:
         )
         self.max_length = settings.fine_tune.max_length
         self.model: Any = load_model(settings, device)
+        self.losses = TargetLosses(self.model, root, pack=False)  # packing would take its attention from `generate`
         self.tokenizer = load_tokenizer(settings.model)
         self.tokenizer.padding_side = "left"
         # A model's own file may ask for sampling or a repetition penalty; greedy decoding is the same everywhere.
@@ -101,10 +102,9 @@ class TransformersScorer:
                 )
                 new = generated[:, encoded["input_ids"].shape[1] :]
                 texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-                ids_NT, labels_NT = collate([samples[n] for n in chunk], self.tokenizer.pad_token_id)
-                loss, row = target_losses(self.model, ids_NT.to(self.device), labels_NT.to(self.device))
-                sums = torch.zeros(len(chunk), device=loss.device).index_add(0, row, -loss)
-                for n, text, log_likelihood in zip(chunk, texts, sums.tolist(), strict=True):
-                    outputs[n], log_likelihoods[n] = text, log_likelihood
+                batch = self.losses.batch([[samples[n]] for n in chunk])
+                sums, _ = self.losses.by_adapter(batch, len(chunk))  # a sample each, as if it had its own adapter
+                for n, text, loss in zip(chunk, texts, sums.tolist(), strict=True):
+                    outputs[n], log_likelihoods[n] = text, -loss
         scores = [task.score(output, row) for output, row in zip(outputs, rows, strict=True)]
         return RowScores(outputs, scores, log_likelihoods)

@@ -1,13 +1,13 @@
 """Stacked adapters: G LoRA adapters of one frozen model trained in one forward and backward pass.
 
-A batch holds B samples of each adapter, [G * B, T] tokens, adapter by adapter. The frozen weights see one large
+A batch holds the tokens of each adapter one after the other, equally many of each. The frozen weights see one large
 batch; only the low-rank products are per adapter: y = W x + scaling * B_g A_g x. The loss is a sum of per-adapter
 losses, so every adapter's gradient is that of a run of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -31,14 +31,17 @@ class StackedLora(nn.Module):
         self.lora_A = nn.Parameter(a0.to(device).expand(G, *a0.shape).clone())
         self.lora_B = nn.Parameter(b0.to(device).expand(G, *b0.shape).clone())
 
-    def forward(self, x_NTd: Tensor) -> Tensor:
-        """[G * B, T, in] -> [G * B, T, out]."""
+    def forward(self, x_RTd: Tensor) -> Tensor:
+        """[R, T, in] -> [R, T, out], R * T tokens of which each adapter has an equal share."""
         G = self.lora_A.shape[0]
-        x_GNd = x_NTd.reshape(G, -1, x_NTd.shape[-1]).to(self.lora_A.dtype)
+        x_GNd = x_RTd.reshape(G, -1, x_RTd.shape[-1]).to(self.lora_A.dtype)
         low_rank_GNr = torch.bmm(x_GNd, self.lora_A.transpose(1, 2))
+        y_RTo: Tensor = self.base(x_RTd)
+        y_GNo = y_RTo.reshape(G, -1, y_RTo.shape[-1])
+        if y_GNo.dtype == low_rank_GNr.dtype:
+            return torch.baddbmm(y_GNo, low_rank_GNr, self.lora_B.transpose(1, 2), alpha=self.scaling).view_as(y_RTo)
         delta_GNo = torch.bmm(low_rank_GNr, self.lora_B.transpose(1, 2) * self.scaling)
-        y_NTo: Tensor = self.base(x_NTd)
-        return y_NTo + delta_GNo.view(y_NTo.shape).to(y_NTo.dtype)
+        return (y_GNo + delta_GNo).to(y_RTo.dtype).view_as(y_RTo)  # a sum in float32, as in PEFT
 
 
 @contextmanager
@@ -63,3 +66,14 @@ def stacked(model: PreTrainedModel, root: Root, G: int) -> Iterator[dict[str, nn
     finally:
         for name, base in replaced.items():
             model.set_submodule(name, base)
+
+
+def keep_adapters(optimizer: torch.optim.Optimizer, rows: Sequence[int]) -> None:
+    """Drop all but some adapters of a stack, with their optimizer state."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            for name, value in state.items():
+                if value.shape == parameter.shape:  # not the common step counter
+                    state[name] = value[list(rows)]
+            parameter.data, parameter.grad = parameter.data[list(rows)], None

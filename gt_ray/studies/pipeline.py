@@ -13,7 +13,8 @@ import torch
 
 from gt_ray.baselines.controls import CONTROLS, Shadows, ShadowSet
 from gt_ray.config import Config
-from gt_ray.curation.run import Study, load_roots, run_fine_tunes
+from gt_ray.curation.run import run_fine_tunes
+from gt_ray.curation.study import Study, load_roots
 from gt_ray.errors import UserError
 from gt_ray.evaluation.run import score
 from gt_ray.evaluation.scorer import System
@@ -86,12 +87,13 @@ def generate_files(config: Config, updates: Sequence[Path], out: Path, pooling: 
 
 def evaluate_stage(study: Study) -> dict[str, Any]:
     """Ceilings, controls, scores; writes and returns `report.json`."""
-    _check_adapters(study)
+    model = load_trained(study)
+    _check_adapters(study, model)
     with _timed(study, "ceilings"):
         extra = study.public_jobs() if study.config.evaluation.controls else []
         run_fine_tunes(study, [*study.client_jobs("llm"), *extra], "ceilings")
     with _timed(study, "evaluate"):
-        results = score(study, systems(study))
+        results = score(study, systems(study, model))
     config = study.config
     report = {
         "preset": config.preset,
@@ -108,7 +110,7 @@ def evaluate_stage(study: Study) -> dict[str, Any]:
     return report
 
 
-def _check_adapters(study: Study) -> None:
+def _check_adapters(study: Study, model: GradTransformer) -> None:
     """Every client has the adapter that this study's Grad-Transformer makes of this study's client.
 
     Checked before hours of ceilings.
@@ -116,7 +118,7 @@ def _check_adapters(study: Study) -> None:
     Raises:
         UserError: an earlier stage has not run, or has run with other settings.
     """
-    run, model = study.config.run_folder, load_trained(study)
+    run = study.config.run_folder
     for client, job in zip(study.data.clients, study.client_jobs("tinylm"), strict=True):
         folder = run / "adapters" / client.name
         adapter_Ld = read_adapter(folder, study.roots["llm"])
@@ -139,13 +141,12 @@ def update_file(run: Path, client: Client) -> Path:
     return run / "clients" / f"{client.name}.safetensors"
 
 
-def systems(study: Study) -> list[tuple[System, Client]]:
+def systems(study: Study, model: GradTransformer) -> list[tuple[System, Client]]:
     """What is scored on whose test rows."""
     run, store = study.config.run_folder, study.store
     tinylm, llm = study.roots["tinylm"], study.roots["llm"]
-    shadows = load_shadows(study) if study.config.evaluation.controls else None
+    shadows = load_shadows(study, model) if study.config.evaluation.controls else None
     public = {job.task: store.read(job.key)[0][-1] for job in study.public_jobs()} if shadows else {}
-    model = load_trained(study)
     work = []
     for client, ceiling in zip(study.data.clients, study.client_jobs("llm"), strict=True):
         update_S, _ = read_update(update_file(run, client), tinylm)
@@ -164,9 +165,8 @@ def systems(study: Study) -> list[tuple[System, Client]]:
     return work
 
 
-def load_shadows(study: Study) -> Shadows:
+def load_shadows(study: Study, model: GradTransformer) -> Shadows:
     """The last updates of all shadows, standardised as the Grad-Transformer's input is."""
-    model = load_trained(study)
     jobs = {side: study.shadow_jobs(side) for side in study.roots}
     sets = {}
     for validation in (False, True):

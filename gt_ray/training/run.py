@@ -19,7 +19,7 @@ import torch
 
 from gt_ray.cluster import connect
 from gt_ray.config import TrainingSettings
-from gt_ray.curation.run import Study
+from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.network import GradTransformer, block_loss, make_phi
 from gt_ray.progress import bar, say

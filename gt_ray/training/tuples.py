@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gt_ray.curation.jobs import Side
-from gt_ray.curation.run import Study
+from gt_ray.curation.study import Study
 from gt_ray.updates.store import UpdateStore
 
 UNITS_A_TASK = 24
@@ -68,8 +68,9 @@ def load_tuples(batch: dict[str, Any], store: UpdateStore, last_only: bool, seed
 
 def join(store: UpdateStore, key_S: str, key_T: str) -> tuple[Tensor, Tensor]:
     """Snapshots of both units at equal steps from the end: [J, L_S, d_S] and [J, L_T, d_T] (decision 4)."""
-    snapshots_S, meta_S = store.read(key_S)
-    snapshots_T, meta_T = store.read(key_T)
+    # `train` has compared all checksums once, at its start.
+    snapshots_S, meta_S = store.read(key_S, verify=False)
+    snapshots_T, meta_T = store.read(key_T, verify=False)
     common = [step for step in meta_S.snapshot_steps if step in meta_T.snapshot_steps]
     return (
         snapshots_S[[meta_S.snapshot_steps.index(step) for step in common]],

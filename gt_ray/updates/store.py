@@ -1,53 +1,45 @@
-"""The update store: one folder a unit, shared by studies, safe against kills (decisions 2 and 11).
+"""The update store: one file a unit, shared by studies, safe against kills (decisions 2 and 11).
 
-    store/<key>/updates.safetensors   snapshots [J, L, d], the last one j = 0
-    store/<key>/unit.json             what made it, its loss curve, and the checksum of the tensors
+    store/<key>/updates.safetensors   snapshots [J, L, d], what made them, a checksum (unit.py)
 
-A unit is written into a temporary folder and renamed, so a unit that is there is whole, unless the disk damages it; the
-checksum tells.
+A store is a folder, or a place in an object store (`s3://bucket/folder`, `gs://bucket/folder`). A unit is one file that
+appears whole: written under another name and renamed in a folder, a single object elsewhere. So a unit that is there
+is whole, unless the disk damages it; the checksum tells.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
-import shutil
 import time
 import uuid
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors.torch import load, save
+import numpy as np
 from torch import Tensor
 
-from gt_ray.errors import UserError
+from gt_ray.errors import UserError, require
+from gt_ray.updates.places import Place, check_location, open_place, reason
+from gt_ray.updates.unit import Header, UnitMeta, pack, unpack
+
+__all__ = ["UnitMeta", "UpdateStore", "unit_key"]
 
 logger = logging.getLogger(__name__)
-TENSORS, META = "updates.safetensors", "unit.json"
+TENSORS = "updates.safetensors"
+PARTIAL = ".partial-"
+ABSENT = "absent"
 STALE_S = 24 * 3600
+CHUNK_BYTES = 8 * 2**20
+AT_ONCE = 16
+"""Units that are looked at together: an object store takes tens of milliseconds to answer, whatever it is asked."""
 
-
-@dataclass(frozen=True)
-class UnitMeta:
-    """What a unit says of itself.
-
-    Attributes:
-        root: hash of the root its updates are differences from.
-        made_by: everything that determines the unit (the content of its key).
-        snapshot_steps: optimizer steps from the end of each snapshot [J], largest first.
-        losses: training loss of every optimizer step.
-    """
-
-    root: str
-    made_by: dict[str, Any]
-    snapshot_steps: list[int]
-    samples: int
-    losses: list[float] = field(default_factory=list)
-    wall_s: float = 0.0
+T = TypeVar("T")
 
 
 def unit_key(made_by: dict[str, Any]) -> str:
@@ -56,88 +48,241 @@ def unit_key(made_by: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:40]
 
 
-class UpdateStore:
-    """A folder of units."""
+@dataclass(frozen=True)
+class Stray:
+    """A file in a store that is no unit.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Attributes:
+        path: from the store's location.
+        stale: a killed writer left it, more than a day ago.
+    """
+
+    path: str
+    file_bytes: int
+    stale: bool
+
+
+class UpdateStore:
+    """Units at a location: a folder, or `s3://bucket/folder`, `gs://bucket/folder`.
+
+    Query parameters are pyarrow's, such as `?endpoint_override=host:9000&scheme=http&region=...`. Credentials come from
+    the environment of each process that reads or writes.
+
+    Raises:
+        UserError: the location holds credentials.
+    """
+
+    def __init__(self, location: str | Path) -> None:
+        self.location = check_location(location)
+
+    def __repr__(self) -> str:
+        return f"UpdateStore({self.location!r})"
 
     def write(self, key: str, snapshots_JLd: Tensor, meta: UnitMeta) -> None:
         """Add a unit; one that is there already stays, unless it is damaged.
 
         Raises:
-            UserError: the disk is full or not writable. The store stays readable.
+            UserError: the snapshots are not finite; the disk is full or not writable. The store stays readable.
         """
-        content = save({"snapshots": snapshots_JLd.contiguous()})
-        partial = self.folder / f".partial-{key}-{uuid.uuid4().hex[:8]}"
+        self.write_file(key, pack(snapshots_JLd, meta))
+
+    def write_file(self, key: str, content: bytes) -> None:
+        """Add a unit by its file (see `unit.pack`), like `write`."""
+        if self.is_complete(key):
+            return
         try:
-            partial.mkdir(parents=True)
-            (partial / TENSORS).write_bytes(content)
-            record = {**asdict(meta), "sha256": hashlib.sha256(content).hexdigest()}
-            (partial / META).write_text(json.dumps(record), encoding="utf-8")
-            while not self._put(partial, key):
-                if self.is_complete(key):
-                    shutil.rmtree(partial)
-                    return
-                self._discard(key)
+            self._put(f"{key}/{TENSORS}", content)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if self.is_complete(key):  # another curation was quicker
-                return
             raise UserError(
-                f"could not write unit {key} to {self.folder}: {error.strerror or error}; finished units are kept, "
+                f"could not write unit {key} to {self.location}: {reason(error)}; finished units are kept, "
                 "free some space and run it again"
             ) from error
 
-    def _put(self, partial: Path, key: str) -> bool:
+    def _put(self, name: str, content: bytes) -> None:
+        files, base, local = self._place
+        final = f"{base}/{name}"
+        target = f"{base}/{PARTIAL}{name.partition('/')[0]}-{uuid.uuid4().hex[:8]}" if local else final
         try:
-            partial.rename(self.folder / key)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                raise
-            return False
-        return True
+            if local:
+                files.create_dir(base)
+            with files.open_output_stream(target) as file:
+                file.write(content)
+            if local:
+                files.create_dir(final.rpartition("/")[0])
+                files.move(target, final)
+        except BaseException:
+            if local:
+                with contextlib.suppress(OSError):
+                    files.delete_file(target)
+                with contextlib.suppress(OSError):
+                    Path(final).parent.rmdir()  # unless another writer has filled it
+            raise
 
-    def _discard(self, key: str) -> None:
-        """Remove a damaged unit; moved away first, so that no other writer meets half of it."""
-        damaged = self.folder / f".partial-damaged-{uuid.uuid4().hex[:8]}"
-        with contextlib.suppress(FileNotFoundError):  # another writer was quicker
-            (self.folder / key).rename(damaged)
-            shutil.rmtree(damaged, ignore_errors=True)
+    def read(self, key: str, verify: bool = True) -> tuple[Tensor, UnitMeta]:
+        """The snapshots [J, L, d] float32 of a unit and what it says of itself.
 
-    def read(self, key: str) -> tuple[Tensor, UnitMeta]:
-        """The snapshots [J, L, d] of a unit and what it says of itself.
+        The last snapshot is as it was written, the others within the bound of snapshots.py.
+
+        Args:
+            verify: compare the checksum; training, which has checked all units once, does without.
 
         Raises:
             UserError: the unit is absent or damaged; names it.
         """
         try:
-            record = json.loads((self.folder / key / META).read_text(encoding="utf-8"))
-            content = (self.folder / key / TENSORS).read_bytes()
-            if hashlib.sha256(content).hexdigest() != record.pop("sha256"):
-                raise ValueError("checksum differs")
-            return load(content)["snapshots"], UnitMeta(**record)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"unit {key} of {self.folder} is absent or damaged ({error}); curate again") from error
+            return unpack(self.read_file(key), verify)
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not self._place.local:
+                raise self._unreachable(error) from error
+            raise UserError(
+                f"unit {key} of {self.location} is absent or damaged ({reason(error)}); curate again"
+            ) from error
+
+    def read_file(self, key: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """A unit's file as it is; of a local one a private view, which is read where it is used.
+
+        Raises:
+            OSError, ValueError: it cannot be read, or is empty.
+        """
+        _, base, local = self._place
+        if local:
+            return np.memmap(f"{base}/{key}/{TENSORS}", np.uint8, "c")
+        with self._open(key) as file:
+            content = np.empty(file.size(), np.uint8)
+            content = content[: file.readinto(content)]
+        return content
+
+    def header(self, key: str) -> Header:
+        """What stands before the tensors of a unit; the tensors are not read.
+
+        Raises:
+            OSError, ValueError: the unit is absent or damaged.
+        """
+        with self._open(key) as file:
+            start = file.read(2**16)
+            return Header.parse(start + file.read(max(0, Header.length(start) - len(start))))
+
+    def damage(self, key: str) -> str | None:
+        """Why a unit is not whole, `ABSENT` or what is damaged; None if it is. Takes memory for a part of it only.
+
+        Raises:
+            UserError: a remote store does not answer, or does not let us read.
+        """
+        try:
+            with self._open(key) as file:
+                start = file.read(CHUNK_BYTES)
+                header = Header.parse(start)
+                rest = iter(lambda: file.read(CHUNK_BYTES), b"")
+                header.check(chunk for part in ([start[len(header.head) :]], rest) for chunk in part)
+        except FileNotFoundError:
+            return ABSENT
+        except ValueError as error:
+            return str(error)
+        except OSError as error:
+            if not self._place.local:
+                raise self._unreachable(error) from error
+            return reason(error)
+        return None
 
     def is_complete(self, key: str) -> bool:
         """Whether a unit is there and whole; a damaged one is reported and counts as absent."""
-        if not (self.folder / key).exists():
-            return False
-        try:
-            self.read(key)
-        except UserError as error:
-            logger.warning("%s", error)
-            return False
-        return True
+        found = self.damage(key)
+        if found not in (None, ABSENT):
+            logger.warning("unit %s of %s is damaged (%s); it is made again", key, self.location, found)
+        return found is None
 
-    def missing(self, keys: list[str]) -> list[str]:
-        """Those of `keys` that have to be computed."""
-        return [key for key in keys if not self.is_complete(key)]
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        """Those of `keys` that have to be computed.
+
+        Raises:
+            UserError: a remote store does not answer, or does not let us read.
+        """
+        return [key for key, complete in self.each(self.is_complete, keys) if not complete]
+
+    def each(self, look: Callable[[str], T], keys: Iterable[str]) -> Iterator[tuple[str, T]]:
+        """Every key with what `look` finds of it, several at a time, in the order of the keys."""
+        keys = list(keys)
+        pool = ThreadPoolExecutor(AT_ONCE)
+        try:
+            yield from zip(keys, pool.map(look, keys), strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def contents(self) -> tuple[dict[str, int], list[Stray]]:
+        """Bytes of every unit's file by key, whole or not, and the files that are none.
+
+        Raises:
+            UserError: there is no store, or it cannot be listed.
+        """
+        files, base, _ = self._place
+        fs = require("pyarrow.fs", "ray")
+        try:
+            if files.get_file_info(base).type != fs.FileType.Directory:
+                raise UserError(f"there is no store at {self.location}")
+            found = [info for info in files.get_file_info(fs.FileSelector(base, recursive=True)) if info.is_file]
+        except OSError as error:
+            raise self._unreachable(error) from error
+        units, strays = {}, []
+        for info in sorted(found, key=lambda info: info.path):
+            path = info.path.removeprefix(f"{base}/")
+            key, _, name = path.partition("/")
+            if name == TENSORS and not key.startswith("."):
+                units[key] = info.size
+            else:
+                stale = path.startswith(PARTIAL) and time.time() - info.mtime.timestamp() > STALE_S
+                strays.append(Stray(path, info.size, stale))
+        return units, strays
+
+    def keys(self) -> list[str]:
+        """Keys of all units, whole or not."""
+        return list(self.contents()[0])
+
+    def remove(self, key: str) -> None:
+        """Remove a unit; one that is not there is removed already.
+
+        Raises:
+            UserError: the store is not writable.
+        """
+        self._remove(key, self._place.files.delete_dir)
+
+    def remove_stray(self, stray: Stray) -> None:
+        """Remove a file that is no unit."""
+        self._remove(stray.path, self._place.files.delete_file)
+
+    def _remove(self, path: str, delete: Callable[[str], None]) -> None:
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                delete(f"{self._place.base}/{path}")
+        except OSError as error:
+            raise UserError(f"could not remove {path} from {self.location}: {reason(error)}") from error
 
     def sweep(self) -> None:
-        """Remove what killed writers left behind, once it is a day old."""
-        for partial in self.folder.glob(".partial-*"):
-            with contextlib.suppress(FileNotFoundError):  # its writer has just finished
-                if time.time() - partial.stat().st_mtime > STALE_S:
-                    shutil.rmtree(partial, ignore_errors=True)
+        """Remove what killed writers left in a folder, once it is a day old; object stores keep no halves."""
+        if self._place.local:
+            for partial in Path(self._place.base).glob(f"{PARTIAL}*"):
+                with contextlib.suppress(FileNotFoundError):  # its writer has just finished
+                    if time.time() - partial.stat().st_mtime > STALE_S:
+                        partial.unlink()
+
+    def check_writable(self) -> None:
+        """Write a file and remove it again, so that work of hours does not end where its result cannot be kept.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        probe = f"{PARTIAL}probe-{uuid.uuid4().hex[:8]}"
+        try:
+            self._put(probe, b"")
+            self._remove(probe, self._place.files.delete_file)
+        except OSError as error:
+            raise UserError(f"store {self.location} cannot be written: {reason(error)}") from error
+
+    def _unreachable(self, error: OSError) -> UserError:
+        return UserError(f"store {self.location} cannot be read: {reason(error)}")
+
+    def _open(self, key: str) -> Any:
+        return self._place.files.open_input_file(f"{self._place.base}/{key}/{TENSORS}")
+
+    @property
+    def _place(self) -> Place:
+        return open_place(self.location)

@@ -29,7 +29,7 @@ class Study:
         self.roots: dict[Side, Root] = {side: make_root(model_settings(self.config, side)) for side in SIDES}
 
     def shadow(self, side: Side, k: int = 3) -> FineTuneJob:
-        return shadow_job(self.config, self.roots[side], side, self.shadows[k])
+        return shadow_job(self.config, self.data, self.roots[side], side, self.shadows[k])
 
     def client(self, side: Side) -> FineTuneJob:
         return client_job(self.config, self.data, self.roots[side], side, self.data.clients[0])
@@ -110,7 +110,8 @@ def test_a_shadows_key_changes_with_everything_that_changes_its_unit(
     [
         "curation.shadows=60",
         "curation.workers=2",
-        "pair.llm.adapters_at_once=1",
+        "curation.adapters_at_once=1",
+        "pair.llm.gradient_checkpointing=true",
         "pair.llm.num_gpus=1",
         "clients.samples=7",
         "clients.seed=1",

@@ -14,7 +14,8 @@ import torch
 
 from gt_ray.config import Config
 from gt_ray.curation.jobs import SIDES
-from gt_ray.curation.run import Study, _groups, run_fine_tunes
+from gt_ray.curation.run import _blocks, run_fine_tunes
+from gt_ray.curation.study import Study
 from tests.conftest import tiny_config
 
 pytestmark = pytest.mark.ray
@@ -48,7 +49,7 @@ def test_running_again_does_nothing_and_says_so(undisturbed: Study, capsys: pyte
 def test_a_damaged_unit_is_named_and_redone(undisturbed: Study, caplog: pytest.LogCaptureFixture) -> None:
     jobs = _jobs(undisturbed)
     before, _ = undisturbed.store.read(jobs[0].key)
-    tensors = undisturbed.store.folder / jobs[0].key / "updates.safetensors"
+    tensors = Path(undisturbed.config.store) / jobs[0].key / "updates.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-7])
     assert run_fine_tunes(undisturbed, jobs, "curate") == 1
     assert jobs[0].key in caplog.text
@@ -65,7 +66,7 @@ def test_sigkill_half_way_loses_at_most_the_units_in_flight(
     study = Study.load(config)
     keys = [job.key for job in _jobs(study)]
     deadline = time.monotonic() + 300
-    while not (done := [key for key in keys if (study.store.folder / key).exists()]):
+    while not (done := [key for key in keys if (Path(study.config.store) / key / "updates.safetensors").exists()]):
         assert process.poll() is None, process.stdout and process.stdout.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -81,9 +82,12 @@ def test_sigkill_half_way_loses_at_most_the_units_in_flight(
         assert torch.allclose(study.store.read(job.key)[0], expected, rtol=1e-5, atol=1e-8)
 
 
-def test_a_group_holds_one_model_one_task_and_no_more_than_allowed(tiny: Config) -> None:
-    study = Study.load(tiny)
-    groups = _groups(study, _jobs(study))
-    assert sum(map(len, groups)) == 24
-    for group in groups:
-        assert len({(job.side, job.task) for job in group}) == 1 and len(group) <= tiny.pair.llm.adapters_at_once
+def test_a_block_holds_one_model_one_task_and_no_more_than_allowed(tiny: Config) -> None:
+    jobs = _jobs(Study.load(tiny))
+    for at_once, actors, largest in ((3, 2, 3), ("auto", 2, 3), ("auto", 1, 6)):
+        blocks = _blocks(jobs, at_once, actors)  # type: ignore[arg-type]
+        assert sorted(job.key for block in blocks for job in block) == sorted(job.key for job in jobs)
+        for block in blocks:
+            assert len({(job.side, job.task) for job in block}) == 1
+        assert max(map(len, blocks)) == largest
+        assert [block[0].side for block in blocks] == sorted(block[0].side for block in blocks)  # the LLM's first

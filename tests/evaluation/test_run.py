@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gt_ray.config import Config
-from gt_ray.curation.run import Study
+from gt_ray.curation.study import Study
 from gt_ray.evaluation.run import _key, _read
 from gt_ray.evaluation.scorer import System
 

@@ -9,8 +9,8 @@ import torch
 
 from gt_ray.config import ModelSettings
 from gt_ray.evaluation.scorer import TransformersScorer
+from gt_ray.learning.engine import Engine, FineTuned, TrainingSet
 from gt_ray.learning.samples import encode
-from gt_ray.learning.sft import fine_tune
 from gt_ray.learning.stacked import stacked
 from gt_ray.pairs.models import load_model, load_tokenizer
 from gt_ray.pairs.root import make_root
@@ -59,7 +59,9 @@ def test_the_true_update_as_adapter_reproduces_the_fine_tuned_model(tmp_path: Pa
     tokenizer = load_tokenizer(SETTINGS.model)
     samples = encode(tokenizer, task, rows("samsum", "private", "south-night", 0, 16), 256)
     model = load_model(SETTINGS)
-    update_Ld = fine_tune(model, root, [samples], [0], SETTINGS.fine_tune)[0].snapshots_JLd[-1]
+    ((_, tuned),) = Engine(model, root).fine_tune([TrainingSet(samples, 0)], SETTINGS.fine_tune)
+    assert isinstance(tuned, FineTuned)
+    update_Ld = tuned.snapshots_JLd[-1]
     ids = torch.tensor([samples[0].prompt])
     with stacked(model, root, G=1) as parameters, torch.no_grad():
         for name, delta in root.layout.to_tensors(update_Ld).items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gt_ray.curation.run import Study
+from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.network import GradTransformer, make_phi
 from gt_ray.studies.pipeline import curate_stage

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from gt_ray.errors import UserError
-from gt_ray.updates.store import STALE_S, UnitMeta, UpdateStore, unit_key
+from gt_ray.updates.store import ABSENT, STALE_S, UnitMeta, UpdateStore, unit_key
 
 MADE_BY: dict[str, Any] = {
     "root": "ab12",
@@ -26,12 +29,17 @@ MADE_BY: dict[str, Any] = {
     "k": 7,
     "rows": ["é", None],
 }
-META = UnitMeta("ab12", MADE_BY, [1, 0], samples=9, losses=[2.5, 0.1], wall_s=1.25)
+META = UnitMeta("ab12", MADE_BY, [1, 0], samples=9, losses=array("f", [2.5, 0.125]), wall_s=1.25, held_out=[[2, 0.5]])
 KEY = unit_key(MADE_BY)
 
 
 def snapshots(seed: int = 0) -> Tensor:
-    return torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(seed))
+    """Snapshots that are stored exactly: differences are whole, the largest of them 127."""
+    generator = torch.Generator().manual_seed(seed)
+    last_Ld = torch.randint(-99, 99, (3, 5), generator=generator)
+    difference_Ld = torch.randint(-126, 127, (3, 5), generator=generator)
+    difference_Ld[0, 0] = 127
+    return torch.stack([last_Ld + difference_Ld, last_Ld]).float()
 
 
 @pytest.fixture
@@ -42,34 +50,50 @@ def store(tmp_path: Path) -> UpdateStore:
     return store
 
 
-def flip_a_bit(file: Path) -> None:
+def folder(store: UpdateStore) -> Path:
+    return Path(store.location)
+
+
+def unit_file(store: UpdateStore, key: str = KEY) -> Path:
+    return folder(store) / key / "updates.safetensors"
+
+
+def flip_a_bit(file: Path, place: int = -1) -> None:
     content = bytearray(file.read_bytes())
-    content[-1] ^= 1
+    content[place] ^= 1
     file.write_bytes(content)
 
 
-def edit_record(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
-    def damage(unit: Path) -> None:
-        record = json.loads((unit / "unit.json").read_text())
-        edit(record)
-        (unit / "unit.json").write_text(json.dumps(record))
+def in_header(old: bytes, new: bytes) -> Callable[[Path], object]:
+    def damage(file: Path) -> None:
+        content = file.read_bytes()
+        assert content.count(old) == 1
+        file.write_bytes(content.replace(old, new))
 
     return damage
 
 
+def as_written_before_this_format(file: Path) -> None:
+    file.write_bytes(save({"snapshots": snapshots()}))
+    (file.parent / "unit.json").write_text("{}")
+
+
 DAMAGES: list[Callable[[Path], object]] = [
-    lambda unit: (unit / "updates.safetensors").write_bytes((unit / "updates.safetensors").read_bytes()[:-1]),
-    lambda unit: (unit / "updates.safetensors").write_bytes(b""),
-    lambda unit: flip_a_bit(unit / "updates.safetensors"),
-    lambda unit: (unit / "updates.safetensors").unlink(),
-    lambda unit: (unit / "unit.json").write_text((unit / "unit.json").read_text()[:40]),
-    lambda unit: (unit / "unit.json").write_bytes(b"\xff\xfe"),
-    lambda unit: (unit / "unit.json").write_text("null"),
-    lambda unit: (unit / "unit.json").write_text("[1]"),
-    lambda unit: (unit / "unit.json").unlink(),
-    edit_record(lambda record: record.pop("sha256")),
-    edit_record(lambda record: record.pop("root")),
-    edit_record(lambda record: record.update(extra=1)),
+    lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    lambda file: file.write_bytes(file.read_bytes() + b"0"),
+    lambda file: file.write_bytes(file.read_bytes()[:40]),
+    lambda file: file.write_bytes(b"\x02"),
+    lambda file: file.write_bytes(b""),
+    lambda file: file.write_bytes(b"\xff" * 2000),
+    lambda file: file.write_bytes(bytes([2, 0, 0, 0, 0, 0, 0, 0]) + b"[]"),
+    lambda file: file.write_bytes(bytes([2, 0, 0, 0, 0, 0, 0, 0]) + b"{}"),
+    lambda file: file.write_bytes(save(load(file.read_bytes()))),
+    lambda file: flip_a_bit(file),
+    in_header(b'"samples":"9"', b'"samples":"8"'),
+    in_header(b'"samples":"9"', b'"samplez":"9"'),
+    in_header(b"gt-ray-unit/1", b"gt-ray-unit/0"),
+    in_header(b'"shape":[3,5]', b'"shape":[5,3]'),
+    as_written_before_this_format,
 ]
 
 
@@ -77,13 +101,59 @@ def test_a_unit_comes_back_as_it_was_written(store: UpdateStore) -> None:
     found, meta = store.read(KEY)
     assert torch.equal(found, snapshots()) and meta == META
     assert store.is_complete(KEY) and store.missing([KEY, "other", KEY]) == ["other"]
-    assert sorted(path.name for path in store.folder.rglob("*")) == sorted([KEY, "unit.json", "updates.safetensors"])
+    assert store.keys() == [KEY] and store.contents() == ({KEY: unit_file(store).stat().st_size}, [])
+    assert sorted(path.name for path in folder(store).rglob("*")) == sorted([KEY, "updates.safetensors"])
 
 
-@pytest.mark.parametrize("view", [lambda x: x.transpose(1, 2), lambda x: x[:, ::2], lambda x: x.bfloat16()])
-def test_views_and_half_precision_come_back_too(view: Callable[[Tensor], Tensor], store: UpdateStore) -> None:
-    store.write("view", view(snapshots()), META)
-    assert torch.equal(store.read("view")[0], view(snapshots()))
+def test_without_the_checksum_a_unit_is_read_as_well_and_must_still_be_whole(store: UpdateStore) -> None:
+    found, meta = store.read(KEY, verify=False)
+    assert torch.equal(found, snapshots()) and meta == META
+    found += 1  # belongs to the caller
+    assert torch.equal(store.read(KEY)[0], snapshots())
+    flip_a_bit(unit_file(store))
+    with pytest.raises(UserError, match="checksum differs"):
+        store.read(KEY)
+    store.read(KEY, verify=False)
+    unit_file(store).write_bytes(unit_file(store).read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"is absent or damaged \(\d+ bytes instead of \d+\)"):
+        store.read(KEY, verify=False)
+
+
+@pytest.mark.parametrize(
+    "view", [lambda x: x.transpose(1, 2), lambda x: x[:, ::2], lambda x: x[-1:], lambda x: x.half()]
+)
+def test_views_and_half_precision_come_back_as_float32(view: Callable[[Tensor], Tensor], store: UpdateStore) -> None:
+    steps = META.snapshot_steps[-len(view(snapshots())) :]
+    store.write("view", view(snapshots()), replace(META, snapshot_steps=steps))
+    assert torch.equal(store.read("view")[0], view(snapshots()).float())
+
+
+def test_every_part_of_a_file_is_under_the_checksum(store: UpdateStore) -> None:
+    file = unit_file(store)
+    whole = file.read_bytes()
+    for place in range(0, len(whole), 5):
+        flip_a_bit(file, place)
+        assert store.damage(KEY) not in (None, ABSENT), place
+        file.write_bytes(whole)
+    assert store.damage(KEY) is None and store.damage("other") == ABSENT
+
+
+def test_a_checksum_is_only_replaced_where_it_stands(store: UpdateStore) -> None:
+    made_by = {"like": '"sha256":"' + "0" * 64 + '"', "zeros": "0" * 64}
+    store.write("zeros", snapshots(), replace(META, made_by=made_by))
+    assert store.read("zeros")[1].made_by == made_by
+
+
+def test_updates_that_are_not_finite_are_refused(store: UpdateStore) -> None:
+    with pytest.raises(UserError, match="not finite"):
+        store.write("other", snapshots() / 0, META)
+    assert store.keys() == [KEY]
+
+
+def test_a_store_travels_to_other_processes_as_its_location(store: UpdateStore) -> None:
+    store.read(KEY)
+    assert len(pickle.dumps(store)) < 500
+    assert torch.equal(pickle.loads(pickle.dumps(store)).read(KEY)[0], snapshots())
 
 
 def test_an_absent_unit_is_named(store: UpdateStore) -> None:
@@ -103,7 +173,7 @@ def test_a_damaged_unit_is_named_counts_as_missing_and_is_redone(
     damage: Callable[[Path], object], store: UpdateStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.write("other", snapshots(1), META)
-    damage(store.folder / KEY)
+    damage(unit_file(store))
     with pytest.raises(UserError, match=f"unit {KEY} of .* is absent or damaged"):
         store.read(KEY)
     with caplog.at_level(logging.WARNING):
@@ -111,29 +181,46 @@ def test_a_damaged_unit_is_named_counts_as_missing_and_is_redone(
     assert KEY in caplog.text and "other" not in caplog.text
     store.write(KEY, snapshots(2), META)
     assert torch.equal(store.read(KEY)[0], snapshots(2)) and store.missing(["other", KEY]) == []
-    assert not list(store.folder.glob(".partial-*"))
+    assert not list(folder(store).glob(".partial-*"))
 
 
 def test_a_unit_that_is_there_is_not_written_again(store: UpdateStore) -> None:
     store.write(KEY, snapshots(5), META)
     assert torch.equal(store.read(KEY)[0], snapshots())
-    assert not list(store.folder.glob(".partial-*"))
+    assert not list(folder(store).glob(".partial-*"))
 
 
 def test_what_killed_writers_left_is_ignored_and_swept_once_it_is_old(store: UpdateStore) -> None:
-    fresh, old = store.folder / f".partial-{KEY}-00000001", store.folder / ".partial-other-00000002"
+    fresh, old = folder(store) / f".partial-{KEY}-00000001", folder(store) / ".partial-other-00000002"
     for stray in (fresh, old):
-        stray.mkdir()
-        (stray / "updates.safetensors").write_bytes(b"half")
+        stray.write_bytes(b"half")
+    (folder(store) / "killed").mkdir()
     long_ago = time.time() - STALE_S - 60
-    for path in (old, store.folder / KEY):
+    for path in (old, folder(store) / KEY, unit_file(store)):
         os.utime(path, (long_ago, long_ago))
-    assert store.missing([KEY, "other"]) == ["other"]
+    assert store.missing([KEY, "other", "killed"]) == ["other", "killed"] and store.keys() == [KEY]
+    assert {(stray.path, stray.stale) for stray in store.contents()[1]} == {(fresh.name, False), (old.name, True)}
     store.sweep()
-    assert fresh.is_dir() and not old.exists()
+    assert fresh.is_file() and not old.exists()
     assert torch.equal(store.read(KEY)[0], snapshots())
     store.write("other", snapshots(1), META)
-    assert store.missing([KEY, "other"]) == []
+    store.write("killed", snapshots(1), META)
+    assert store.missing([KEY, "other", "killed"]) == []
+
+
+def test_what_is_removed_is_missing(store: UpdateStore) -> None:
+    store.write("other", snapshots(1), META)
+    for _ in range(2):
+        store.remove(KEY)
+        assert store.missing([KEY, "other"]) == [KEY] and [path.name for path in folder(store).iterdir()] == ["other"]
+
+
+def test_many_units_are_checked_together_in_order(store: UpdateStore) -> None:
+    keys = [f"unit{n}" for n in range(40)]
+    for key in keys[::2]:
+        store.write(key, snapshots(), META)
+    flip_a_bit(unit_file(store, "unit8"))
+    assert store.missing(keys) == sorted([*keys[1::2], "unit8"], key=keys.index)
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -143,7 +230,7 @@ def test_several_writers_of_one_unit_agree_on_one_of_them(damaged: bool, tmp_pat
         key = f"unit{attempt}"
         if damaged:
             store.write(key, snapshots(), META)
-            flip_a_bit(store.folder / key / "updates.safetensors")
+            flip_a_bit(unit_file(store, key))
         errors: list[BaseException] = []
         start = threading.Barrier(4)
 
@@ -162,16 +249,15 @@ def test_several_writers_of_one_unit_agree_on_one_of_them(damaged: bool, tmp_pat
         assert not errors
         found = store.read(key)[0]
         assert sum(torch.equal(found, snapshots(seed)) for seed in (1, 2, 3, 4)) == 1
-    assert not list(store.folder.glob(".partial-*"))
+    assert not list(folder(store).glob(".partial-*"))
 
 
 FULL_DISK = """
 import resource, signal, sys, torch
-from pathlib import Path
 from gt_ray.errors import UserError
 from gt_ray.updates.store import UnitMeta, UpdateStore
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-store = UpdateStore(Path(sys.argv[1]))
+store = UpdateStore(sys.argv[1])
 store.write("before", torch.ones(1, 2, 3), UnitMeta("root", {}, [0], 1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 for meta, n in ((UnitMeta("root", {}, [0], 1), 10_000), (UnitMeta("root", {}, [0], 1, losses=[0.123456] * 9_000), 10)):
@@ -192,7 +278,7 @@ def test_a_full_disk_is_an_error_and_the_store_stays_readable(tmp_path: Path) ->
         assert message.startswith(f"could not write unit large to {tmp_path / 'store'}: File too large")
         assert "finished units are kept" in message
     store = UpdateStore(tmp_path / "store")
-    assert sorted(path.name for path in store.folder.iterdir()) == ["after", "before"]
+    assert sorted(path.name for path in folder(store).iterdir()) == ["after", "before"]
     assert store.missing(["before", "large", "after"]) == ["large"]
 
 
@@ -200,6 +286,18 @@ def test_a_store_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("a file where a folder should be")
     with pytest.raises(UserError, match=f"could not write unit {KEY}"):
         UpdateStore(tmp_path / "store").write(KEY, snapshots(), META)
+    with pytest.raises(UserError, match=r"store .* cannot be written"):
+        UpdateStore(tmp_path / "store").check_writable()
+
+
+def test_checking_that_a_store_is_writable_leaves_nothing(store: UpdateStore) -> None:
+    store.check_writable()
+    assert [path.name for path in folder(store).iterdir()] == [KEY]
+
+
+def test_listing_what_is_no_store_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no store at .*nowhere"):
+        UpdateStore(tmp_path / "nowhere").keys()
 
 
 def test_a_key_changes_with_any_content_and_not_with_its_order() -> None:

@@ -1,0 +1,156 @@
+"""What a curation needs: memory of base models and training steps, GPUs of an actor, units, size of the store.
+
+Estimates from a model's config alone, so a study can be planned where its weights are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.filesize import decimal
+
+from gt_ray.config import Config, ModelSettings
+from gt_ray.errors import UserError
+from gt_ray.pairs.models import resolve
+from gt_ray.progress import say
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+LARGE_ON_CPU = 2**31
+"""Bytes of weights from which a fine-tune without a GPU is most likely a mistake in the set-up of the cluster."""
+TYPICAL_TOKENS = 256
+"""Tokens of a sample that estimates count with, where `max_length` is not less."""
+ACTIVATIONS = 34
+"""Bytes that a layer keeps for its backward pass, for each token and unit of width, in 16 bit (arXiv 2205.05198)."""
+RESERVE = 0.1
+"""Share of a GPU that libraries and fragments take."""
+SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)
+
+
+@dataclass(frozen=True)
+class ModelNeeds:
+    """What fine-tuning adapters of one model takes.
+
+    Attributes:
+        weight_bytes: the frozen base model.
+        step_bytes: activations of an optimizer step of one adapter, by `batch_size` samples of typical length.
+        update_shape: [L, d] of an update.
+    """
+
+    parameters: int
+    weight_bytes: int
+    step_bytes: int
+    update_shape: tuple[int, int]
+
+    @property
+    def least_bytes(self) -> int:
+        """The base model and one sample of one adapter at a time would do; one whole adapter is what one wants."""
+        return self.weight_bytes + self.step_bytes
+
+    def gpu_share(self, gpu_bytes: int, settings: ModelSettings) -> float:
+        """GPUs of one actor: a part of one for a small model, so that several actors share it.
+
+        Raises:
+            UserError: the model is larger than one GPU.
+        """
+        usable = (1 - RESERVE) * gpu_bytes
+        for share in SHARES:
+            if self.least_bytes <= share * usable:
+                return share
+        raise UserError(
+            f"{settings.model} needs {decimal(self.least_bytes)} ({decimal(self.weight_bytes)} for weights), a "
+            f"GPU here has {decimal(gpu_bytes)}: use a larger GPU (80 GB holds 32B parameters in bfloat16), "
+            "gradient_checkpointing=true or a smaller batch_size; models across several GPUs are not supported"
+        )
+
+
+def needs(settings: ModelSettings, config: PretrainedConfig | None = None) -> ModelNeeds:
+    """Estimate from a model's config.
+
+    Args:
+        config: the model's, where it is not to be read from the model's folder.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = config or AutoConfig.from_pretrained(resolve(settings.model))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    item = getattr(torch, settings.dtype).itemsize
+    text = config.get_text_config()
+    tokens = settings.fine_tune.batch_size * min(TYPICAL_TOKENS, settings.fine_tune.max_length)
+    layer = ACTIVATIONS * item // 2 * tokens * text.hidden_size
+    kept = item * tokens * text.hidden_size  # a layer's input, where the rest is computed again
+    layers = text.num_hidden_layers
+    activations = layers * kept + layer if settings.gradient_checkpointing else layers * layer
+    widths: dict[str, int] = {}
+    for name, module in model.named_modules():
+        head, _, leaf = name.rpartition(".")
+        if leaf in settings.lora.target_modules and isinstance(module, torch.nn.Linear):
+            block = ".".join(head.split(".")[:3])
+            widths[block] = widths.get(block, 0) + settings.lora.rank * (module.in_features + module.out_features)
+    return ModelNeeds(parameters, parameters * item, activations, (len(widths), max(widths.values(), default=0)))
+
+
+def gpus_of_an_actor(settings: ModelSettings, resources: Mapping[str, Any]) -> float:
+    """GPUs that a fine-tuning actor of a model asks Ray for; 0 where the cluster has none.
+
+    Raises:
+        UserError: the model fits no GPU of the cluster, or GPUs are asked for and there are none.
+    """
+    if settings.num_gpus != "auto":
+        if settings.num_gpus > 1 and settings.num_gpus != math.floor(settings.num_gpus):
+            raise UserError(f"num_gpus={settings.num_gpus}: above one GPU, only whole ones")
+        if settings.num_gpus and not resources.get("GPU"):
+            raise UserError(f"num_gpus={settings.num_gpus} for {settings.model}, but this Ray cluster has no GPU")
+        return settings.num_gpus
+    if not resources.get("GPU"):
+        if (weights := needs(settings).weight_bytes) > LARGE_ON_CPU:
+            say(f"warning: this Ray cluster has no GPU; {settings.model} ({decimal(weights)}) is fine-tuned on CPUs")
+        return 0.0
+    return needs(settings).gpu_share(_gpu_bytes(), settings)
+
+
+def _gpu_bytes() -> int:
+    """Memory of a GPU of the cluster, as a task on it finds it."""
+    import ray
+
+    @ray.remote(num_gpus=0.01, num_cpus=0)
+    def look() -> int:
+        import torch
+
+        return torch.cuda.get_device_properties(0).total_memory
+
+    found: int = ray.get(look.remote())
+    return found
+
+
+def plan_rows(config: Config, gpu_bytes: int) -> list[dict[str, str]]:
+    """A line for each model: what curation needs with GPUs of a given size; for people."""
+    rows = []
+    for settings in (config.pair.tinylm, config.pair.llm):
+        found = needs(settings)
+        L, d = found.update_shape
+        snapshots = len(config.curation.snapshot_steps)
+        unit_bytes = L * d * (4 + (snapshots - 1) * 1.03)
+        share = found.gpu_share(gpu_bytes, settings)
+        at_once = max(1, int(((1 - RESERVE) * share * gpu_bytes - found.weight_bytes) // found.step_bytes))
+        rows.append(
+            {
+                "model": settings.model,
+                "parameters": f"{found.parameters / 1e6:,.2f} M",
+                "weights": f"{decimal(found.weight_bytes)} in {settings.dtype}",
+                "an adapter's step": decimal(found.step_bytes),
+                "GPUs of a worker": f"{share:g} of {decimal(gpu_bytes)}",
+                "adapters in its memory": str(at_once),
+                "an update": f"{L} blocks of {d}",
+                "units in the store": f"{config.curation.shadows} of {snapshots} snapshots",
+                "size in the store": decimal(round(config.curation.shadows * unit_bytes)),
+            }
+        )
+    return rows

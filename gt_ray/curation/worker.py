@@ -1,0 +1,164 @@
+"""The Ray Data actor of curation: fine-tunes blocks of jobs of one model and writes their units."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from gt_ray.curation.jobs import HELD_OUT, Side, model_settings
+from gt_ray.curation.study import Study
+from gt_ray.errors import UserError
+from gt_ray.updates.store import UnitMeta
+
+GPU_SHARE, CPU_SHARE = 0.9, 0.5
+"""What of its memory an actor's training steps may take, beside the base model."""
+MOST_DEATHS = 10
+"""Workers that one group may take with it before it is given up; after the second its parts get smaller."""
+
+
+def start_attempts() -> Any:
+    """A counter, on this node, of how often a group has been begun: more than once means that its worker died."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    class Attempts:
+        def __init__(self) -> None:
+            self.begun: dict[str, int] = {}
+
+        def begin(self, group: str) -> int:
+            self.begun[group] = self.begun.get(group, 0) + 1
+            return self.begun[group]
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # Killed itself, it starts again from zero: then a group that kills its workers does so a few times more.
+    forever = {"max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(num_cpus=0, scheduling_strategy=here, **forever)(Attempts).remote()
+
+
+class FineTuner:
+    """Keeps a base model loaded; every block of rows is fine-tuned together and written to the store.
+
+    Args:
+        shared: `study`, a reference to the study; `attempts`, a counter; `num_gpus` of this actor; `actors`, how many
+            share a machine's memory.
+    """
+
+    def __init__(self, shared: dict[str, Any]) -> None:
+        import ray
+        import torch
+
+        torch.set_num_threads(1)
+        self.study: Study = ray.get(shared["study"])
+        self.shared = shared
+        self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        self.loaded: tuple[Side, Any, Any] | None = None
+
+    def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
+        """One block of jobs of one model and task.
+
+        Returns:
+            Columns `key` and `error`, which is empty where the unit is in the store.
+        """
+        jobs = [json.loads(text) for text in block["job"]]
+        engine, tokenizer = self._load(jobs[0]["side"])
+        settings = model_settings(self.study.config, jobs[0]["side"]).fine_tune
+        errors = dict.fromkeys(block["key"], "")
+        sets = {}
+        for job in jobs:
+            try:
+                sets[job["key"]] = self._training_set(tokenizer, job, settings.max_length)
+            except UserError as error:  # its neighbours are not to blame
+                errors[job["key"]] = str(error)
+        jobs = [job for job in jobs if job["key"] in sets]
+        for group in engine.groups(list(sets.values()), settings):
+            # Groups do not depend on what is missing, so a unit that is redone has the neighbours that it had before.
+            members = [jobs[i] for i in group]
+            if self.study.store.missing([job["key"] for job in members]):
+                errors |= self._attempt(engine, members, [sets[job["key"]] for job in members], settings)
+        return {"key": list(errors), "error": list(errors.values())}
+
+    def _attempt(self, engine: Any, jobs: list[dict[str, Any]], sets: list[Any], settings: Any) -> dict[str, str]:
+        """Fine-tune a group, in ever smaller parts where it has killed its workers before; errors by key."""
+        import ray
+
+        deaths = ray.get(self.shared["attempts"].begin.remote(jobs[0]["key"])) - 1
+        if deaths >= MOST_DEATHS:
+            error = f"{len(jobs)} adapters' worker died {deaths} times, at last with one adapter at a time"
+            return {job["key"]: f"{job['name']}: {error}; is there enough memory?" for job in jobs}
+        errors: dict[str, str] = {}
+        # One death may be a node that went away; more are most likely for the memory that the group takes.
+        size = max(1, len(jobs) >> max(0, deaths - 1))
+        for first in range(0, len(jobs), size):
+            part = slice(first, first + size)
+            if deaths and not self.study.store.missing([job["key"] for job in jobs[part]]):
+                continue
+            errors |= self._fine_tune(engine, jobs[part], sets[part], settings)
+        return errors
+
+    def _fine_tune(self, engine: Any, jobs: list[dict[str, Any]], sets: list[Any], settings: Any) -> dict[str, str]:
+        """Fine-tune a group and write what is done as it is done; errors by key."""
+        errors = {}
+        start = time.perf_counter()
+        for i, result in engine.fine_tune(sets, settings, jobs[0]["snapshot_steps"]):
+            job = jobs[i]
+            if isinstance(result, UserError):
+                errors[job["key"]] = str(result)
+                continue
+            meta = UnitMeta(
+                engine.root.hash,
+                job["made_by"],
+                job["snapshot_steps"],
+                len(sets[i].samples),
+                result.losses,
+                (time.perf_counter() - start) / len(jobs),
+                result.held_out,
+            )
+            self.study.store.write(job["key"], result.snapshots_JLd, meta)
+        return errors
+
+    def _training_set(self, tokenizer: Any, job: dict[str, Any], max_length: int) -> Any:
+        from gt_ray.learning.engine import TrainingSet
+        from gt_ray.learning.samples import encode
+        from gt_ray.tasks import TASKS
+
+        def samples(split: str, positions: list[int]) -> Any:
+            rows = self.study.data.rows(job["task"], split, positions)
+            return encode(tokenizer, TASKS[job["task"]], rows, max_length, where=f"{job['name']}, {job['task']}")
+
+        name = f"{job['name']} ({job['task']}, {job['side']})"
+        return TrainingSet(
+            samples(job["split"], job["positions"]), job["seed"], samples(HELD_OUT, job["held_out"]), name
+        )
+
+    def _load(self, side: Side) -> tuple[Any, Any]:
+        """Engine and tokenizer of a model; the other one is let go first."""
+        if self.loaded is None or self.loaded[0] != side:
+            from gt_ray.learning.engine import Engine
+            from gt_ray.pairs.models import load_model, load_tokenizer
+
+            self.loaded = None
+            settings = model_settings(self.study.config, side)
+            model = load_model(settings, self.device)
+            engine = Engine(
+                model,
+                self.study.roots[side],
+                self.study.config.curation.adapters_at_once,
+                self._memory_bytes(),
+                settings.gradient_checkpointing,
+            )
+            self.loaded = (side, engine, load_tokenizer(settings.model))
+        return self.loaded[1], self.loaded[2]
+
+    def _memory_bytes(self) -> int:
+        """What training steps may take: of the GPU this actor's share, of the machine's memory a part."""
+        import torch
+
+        if self.device.type == "cuda":
+            share = min(1.0, self.shared["num_gpus"])
+            torch.cuda.set_per_process_memory_fraction(share)
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            return int(GPU_SHARE * share * total) - torch.cuda.memory_allocated()
+        import psutil
+
+        return int(CPU_SHARE * psutil.virtual_memory().available / self.shared["actors"])

@@ -1,0 +1,290 @@
+"""The engine: supervised fine-tuning of many adapters of one frozen model, G at a time (section 4.1, Table 5).
+
+Each adapter has its own data, order, clipping, schedule and optimizer state, so its result is that of a run of its own,
+whatever its neighbours; a neighbour that diverges is dropped. G follows from memory where it is not given.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from gt_ray.config import FineTuneSettings
+from gt_ray.errors import UserError
+from gt_ray.learning.losses import TargetLosses
+from gt_ray.learning.memory import is_out_of_memory, release, training_bytes
+from gt_ray.learning.samples import Sample
+from gt_ray.learning.schedule import Schedule
+from gt_ray.learning.stacked import keep_adapters, stacked
+from gt_ray.pairs.root import Root
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SATURATED_TOKENS = {"cpu": 4096, "cuda": 65536}
+"""Tokens of an optimizer step of all adapters together beyond which more adapters bring no more speed."""
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What one adapter is fine-tuned on.
+
+    Attributes:
+        seed: order of the samples.
+        held_out: samples whose loss tells when to stop (`stop.when=plateau`).
+        name: for messages.
+    """
+
+    samples: Sequence[Sample]
+    seed: int
+    held_out: Sequence[Sample] = ()
+    name: str = "fine-tune"
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """One adapter's result.
+
+    Attributes:
+        snapshots_JLd: updates [J, L, d] at the wanted optimizer steps from the end.
+        losses: mean loss a target token of each optimizer step.
+        held_out: [optimizer steps done, mean held-out loss a target token], where the loss decides the end.
+    """
+
+    snapshots_JLd: Tensor
+    losses: list[float]
+    held_out: list[list[float]] = field(default_factory=list)
+
+
+class Engine:
+    """Fine-tunes adapters of one root on one device.
+
+    Args:
+        model: the frozen base model.
+        adapters_at_once: G; auto: by memory, and no more than keeps the device busy.
+        memory_bytes: what a step may take (auto only).
+        gradient_checkpointing: compute each layer's activations again in the backward pass instead of keeping them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        root: Root,
+        adapters_at_once: int | Literal["auto"] = "auto",
+        memory_bytes: int | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        self.model, self.root = model, root
+        self.memory_bytes = memory_bytes
+        self.losses = TargetLosses(model, root)
+        self._limit: int | None = None if adapters_at_once == "auto" else adapters_at_once
+        self._pieces = 1
+        if gradient_checkpointing:
+            _checkpoint_layers(model)
+
+    def groups(self, sets: Sequence[TrainingSet], settings: FineTuneSettings) -> list[list[int]]:
+        """The sets that are trained together: as few groups as the limit allows, of even sizes."""
+        if not sets:
+            return []
+        if self._limit is None:
+            self._limit = self._measured_limit(sets, settings)
+        n = -(-len(sets) // self._limit)
+        borders = [round(i * len(sets) / n) for i in range(n + 1)]
+        return [list(range(start, end)) for start, end in pairwise(borders)]
+
+    def fine_tune(
+        self, sets: Sequence[TrainingSet], settings: FineTuneSettings, snapshot_steps: Sequence[int] = (0,)
+    ) -> Iterator[tuple[int, FineTuned | UserError]]:
+        """Fine-tune one adapter on each set, all from the same root; yields its number and result as groups finish.
+
+        An adapter that diverges yields its error and leaves its neighbours alone. Out of memory, the group is halved
+        and, at one adapter, the batch cut into pieces; what has been yielded is not repeated.
+
+        Args:
+            snapshot_steps: optimizer steps from the end at which the update is kept, largest first.
+
+        Raises:
+            UserError: an empty data set, or fewer steps than snapshots reach back.
+        """
+        _check(sets, settings, snapshot_steps)
+        waiting = list(range(len(sets)))
+        while waiting:
+            group = [waiting[i] for i in self.groups([sets[i] for i in waiting], settings)[0]]
+            try:
+                for g, result in self._train([sets[i] for i in group], settings, snapshot_steps):
+                    waiting.remove(group[g])
+                    yield group[g], result
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(group) > 1:
+                    self._limit = len(group) // 2
+                elif self._pieces < settings.batch_size:
+                    self._pieces *= 2
+                else:
+                    waiting.remove(group[0])
+                    yield (
+                        group[0],
+                        UserError(
+                            f"{sets[group[0]].name}: one sample of one adapter does not fit into memory; set "
+                            "gradient_checkpointing, or lower max_length"
+                        ),
+                    )
+            release(self.losses.device)
+
+    def _measured_limit(self, sets: Sequence[TrainingSet], settings: FineTuneSettings) -> int:
+        """G by the memory of one adapter's step on the longest samples, and by the tokens that a step should hold."""
+        longest = sorted((sample for s in sets for sample in s.samples), key=len)[-settings.batch_size :]
+        tokens = sum(len(sample) for s in sets for sample in s.samples) / sum(len(s.samples) for s in sets)
+        by_speed = max(
+            1,
+            round(
+                SATURATED_TOKENS.get(self.losses.device.type, SATURATED_TOKENS["cuda"]) / (tokens * settings.batch_size)
+            ),
+        )
+        if self.memory_bytes is None:
+            return by_speed
+        with self.losses.attention(), stacked(self.model, self.root, G=1):
+            try:
+                needed = training_bytes(lambda: self._backward([longest], 1), self.model, self.losses.device)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return 1
+        return max(1, min(by_speed, self.memory_bytes // max(1, needed)))
+
+    def _train(
+        self, sets: Sequence[TrainingSet], settings: FineTuneSettings, snapshot_steps: Sequence[int]
+    ) -> Iterator[tuple[int, FineTuned | UserError]]:
+        """Fine-tune all sets together."""
+        layout, G = self.root.layout, len(sets)
+        start_Ld = layout.to_array(self.root.initial)
+        orders = [_order(len(s.samples), s.seed) for s in sets]
+        schedule = Schedule(settings, G)
+        kept: list[list[Tensor]] = [[] for _ in sets]
+        losses: list[list[float]] = [[] for _ in sets]
+        held_out: list[list[list[float]]] = [[] for _ in sets]
+        active = list(range(G))
+        step = 0
+        with self.losses.attention(), stacked(self.model, self.root, G) as parameters:
+            trained = list(parameters.values())
+            optimizer = torch.optim.AdamW(
+                trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+            )
+            while active:
+                if schedule.wants_check(step):
+                    for g, loss in zip(active, self._held_out([sets[g] for g in active], settings), strict=True):
+                        held_out[g].append([step, loss])
+                        schedule.check(g, step, loss)
+                batch = [[sets[g].samples[next(orders[g])] for _ in range(settings.batch_size)] for g in active]
+                optimizer.zero_grad()
+                loss_G = self._backward(batch, self._pieces)
+                clip_per_adapter(trained, settings.clip_norm)
+                _step(optimizer, trained, [schedule.factor(g, step) for g in active])
+                step += 1
+                ended = []
+                for row, (g, loss) in enumerate(zip(active, loss_G.tolist(), strict=True)):
+                    losses[g].append(loss)
+                    end = schedule.end(g)
+                    if end is not None and end - step in snapshot_steps:
+                        one = {name: parameter.detach()[row] for name, parameter in parameters.items()}
+                        kept[g].append(layout.to_array(one) - start_Ld)
+                    finite = math.isfinite(loss) and (step != end or bool(torch.isfinite(kept[g][-1]).all()))
+                    if not finite:
+                        yield (
+                            g,
+                            UserError(
+                                f"{sets[g].name} diverged: its loss is not finite at optimizer step {step}; lower "
+                                "learning_rate, or look for a row that does not belong"
+                            ),
+                        )
+                    elif step == end:
+                        yield g, FineTuned(torch.stack(kept[g]), losses[g], held_out[g])
+                    if not finite or step == end:
+                        ended.append(row)
+                if ended:
+                    rows = [row for row in range(len(active)) if row not in ended]
+                    active = [active[row] for row in rows]
+                    keep_adapters(optimizer, rows)
+
+    def _backward(self, batch: Sequence[Sequence[Sample]], pieces: int) -> Tensor:
+        """Gradients of each adapter's mean loss a target token; returns these losses [G]."""
+        G = len(batch)
+        total_G = torch.tensor([sum(len(sample.target) for sample in samples) for samples in batch])
+        total_G = total_G.to(self.losses.device)
+        loss_G = torch.zeros(G, device=self.losses.device)
+        size = -(-len(batch[0]) // pieces)
+        for first in range(0, len(batch[0]), size):
+            part = self.losses.batch([samples[first : first + size] for samples in batch])
+            part_G = self.losses.by_adapter(part, G)[0] / total_G
+            part_G.sum().backward()
+            loss_G += part_G.detach()
+        return loss_G
+
+    @torch.no_grad()
+    def _held_out(self, sets: Sequence[TrainingSet], settings: FineTuneSettings) -> list[float]:
+        """Mean held-out loss a target token of each adapter."""
+        G = len(sets)
+        sum_G, count_G = torch.zeros(2, G, device=self.losses.device)
+        size = -(-settings.batch_size // self._pieces)
+        for first in range(0, settings.stop.held_out, size):
+            sums, counts = self.losses.by_adapter(
+                self.losses.batch([s.held_out[first : min(first + size, settings.stop.held_out)] for s in sets]), G
+            )
+            sum_G += sums
+            count_G += counts
+        return [float(loss) for loss in sum_G / count_G]
+
+
+def clip_per_adapter(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> None:
+    """Clip the gradient of each adapter (the first dimension of every parameter) to `max_norm`."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm_G = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    factor_G = (max_norm / (norm_G + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor_G.view(-1, *[1] * (gradient.dim() - 1)))
+
+
+@torch.no_grad()
+def _step(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter], factors: list[float]) -> None:
+    """One optimizer step, each adapter at its share of the learning rate: the change of AdamW is linear in the rate."""
+    before = [parameter.clone() for parameter in parameters]
+    optimizer.step()
+    factor_G = torch.tensor(factors, device=parameters[0].device)
+    for parameter, old in zip(parameters, before, strict=True):
+        parameter.copy_(torch.lerp(old, parameter, factor_G.view(-1, *[1] * (parameter.dim() - 1))))
+
+
+def _order(n: int, seed: int) -> Iterator[int]:
+    """Sample indices without end: a new permutation each epoch."""
+    rng = random.Random(seed)
+    while True:
+        yield from rng.sample(range(n), n)
+
+
+def _check(sets: Sequence[TrainingSet], settings: FineTuneSettings, snapshot_steps: Sequence[int]) -> None:
+    if settings.last_steps <= max(snapshot_steps):
+        raise UserError(f"{settings.last_steps} steps are fewer than the snapshots need ({max(snapshot_steps) + 1})")
+    for number, one in enumerate(sets):
+        if not one.samples:
+            raise UserError(f"data set {number} ({one.name}) is empty")
+        if settings.stop.when == "plateau" and len(one.held_out) < settings.stop.held_out:
+            raise UserError(
+                f"{one.name} has {len(one.held_out)} held-out rows, stop.held_out={settings.stop.held_out} are needed"
+            )
+
+
+def _checkpoint_layers(model: PreTrainedModel) -> None:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # only then does it checkpoint; what it holds stays in evaluation mode, no dropout

@@ -1,0 +1,150 @@
+"""Cross-entropy of target tokens, computed in the cheapest way that gives what the model itself gives.
+
+Two short cuts, each tried on a few tokens when a model is taken into use: sequences are packed into one row without
+padding, and the LM head runs only where a loss is due, in pieces. A model that answers otherwise with one of them does
+without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from gt_ray.learning.attention import packed_attention_in
+from gt_ray.learning.batches import Batch, packed, padded, padding_share
+from gt_ray.learning.samples import Sample
+from gt_ray.learning.stacked import stacked
+from gt_ray.pairs.root import Root
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+LOGITS_AT_ONCE = 2**27
+"""Elements of the logits that are held at once (0.5 GB in float32)."""
+WORTH_PACKING = 0.1
+"""Share of padding in a padded batch from which packing, which moves tokens at every attention, pays."""
+HEAD_TOLERANCE, PACKING_TOLERANCE = (1e-5, 1e-3), (1e-4, 3e-2)
+"""Relative differences that a short cut may make to the losses, in float32 and in 16 bit: the models' own rounding."""
+
+
+class TargetLosses:
+    """The target losses of batches of one model.
+
+    Args:
+        pack: whether sequences may be packed; then losses are computed inside `attention()`.
+
+    Attributes:
+        packs: whether sequences are packed.
+        plain_head: whether the logits are the LM head's output as it is, at any choice of tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, root: Root, pack: bool = True) -> None:
+        self.model = model
+        self.pad = model.config.pad_token_id or 0
+        self.device = next(model.parameters()).device
+        self.packs, self.plain_head = False, False
+        with torch.no_grad():
+            self._try_short_cuts(root, pack)
+
+    def attention(self) -> AbstractContextManager[None]:
+        """Let the model attend as the batches need it, until the last backward pass is over."""
+        return packed_attention_in(self.model) if self.packs else contextlib.nullcontext()
+
+    def batch(self, groups: Sequence[Sequence[Sample]]) -> Batch:
+        """The samples of each adapter as a batch on the model's device."""
+        pack = self.packs and padding_share(groups) > WORTH_PACKING
+        return (packed if pack else padded)(groups, self.pad).to(self.device)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Cross-entropy [n] of every target token, float32."""
+        if not self.plain_head:
+            logits_RTV = self.model(**self._inputs(batch), use_cache=False).logits
+            return _cross_entropy(logits_RTV.flatten(0, 1)[batch.due_n], batch.target_n)
+        hidden_nd = self._hidden(batch)[batch.due_n]
+        head = self.model.get_output_embeddings()
+
+        def loss(hidden: Tensor, target: Tensor) -> Tensor:
+            return _cross_entropy(head(hidden), target)
+
+        size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+        if len(hidden_nd) <= size:
+            return loss(hidden_nd, batch.target_n)
+        pieces = zip(hidden_nd.split(size), batch.target_n.split(size), strict=True)
+        return torch.cat([checkpoint(loss, *piece, use_reentrant=False) for piece in pieces])
+
+    def by_adapter(self, batch: Batch, G: int) -> tuple[Tensor, Tensor]:
+        """Sum of the target losses [G] and number of target tokens [G] of each adapter."""
+        loss_n = self(batch)
+        sums_G = torch.zeros(G, device=loss_n.device).index_add(0, batch.adapter_n, loss_n)
+        return sums_G, torch.bincount(batch.adapter_n, minlength=G)
+
+    def _inputs(self, batch: Batch) -> dict[str, object]:
+        if batch.packing is None:
+            return {"input_ids": batch.ids_RT}
+        return {"input_ids": batch.ids_RT, "position_ids": batch.positions_RT, "packing": batch.packing}
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """Output of the model below its LM head, tokens flattened [R * T, d]."""
+        hidden: Tensor = self.model.base_model(**self._inputs(batch), use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1)
+
+    def _try_short_cuts(self, root: Root, pack: bool) -> None:
+        """Compare packed with padded, head by itself with whole model, on two adapters of two samples each."""
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+
+        def sample(length: int) -> Sample:
+            return Sample(torch.randint(vocabulary, (length,), generator=generator).tolist(), [1, 2])
+
+        groups = [[sample(5), sample(9)], [sample(3), sample(7)]]
+        with stacked(self.model, root, G=2) as parameters:
+            for name, parameter in sorted(parameters.items()):
+                if name.endswith("lora_B"):  # zero at the root, so that all adapters would be alike
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(0.1))
+            reference_n = self(padded(groups, self.pad).to(self.device))
+            self.plain_head = self._agrees("logits by the LM head alone", padded, groups, reference_n, HEAD_TOLERANCE)
+            if self.plain_head and pack:
+                with packed_attention_in(self.model):
+                    self.packs = self._agrees("packed sequences", packed, groups, reference_n, PACKING_TOLERANCE)
+
+    def _agrees(
+        self,
+        what: str,
+        collate: Callable[[Sequence[Sequence[Sample]], int], Batch],
+        groups: Sequence[Sequence[Sample]],
+        reference_n: Tensor,
+        tolerance: tuple[float, float],
+    ) -> bool:
+        before, self.plain_head = self.plain_head, True
+        try:
+            loss_n = self(collate(groups, self.pad).to(self.device))
+            difference = float((loss_n - reference_n).norm() / reference_n.norm())
+            reason = f"losses differ by {difference:.1e}"
+            agrees = difference < tolerance[self.model.dtype != torch.float32]
+        except (
+            NotImplementedError,
+            TypeError,
+            ValueError,
+            KeyError,
+            RuntimeError,
+            IndexError,
+            AttributeError,
+        ) as error:
+            agrees, reason = False, str(error)
+        finally:
+            self.plain_head = before
+        if not agrees:
+            logger.warning("%s: no %s (%s); slower", type(self.model).__name__, what, reason)
+        return agrees
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), target, reduction="none")

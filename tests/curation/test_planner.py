@@ -1,0 +1,76 @@
+"""What curation needs, from configs alone, at the sizes of real models."""
+
+from __future__ import annotations
+
+import pytest
+
+from gt_ray.config import FineTuneSettings, ModelSettings
+from gt_ray.curation.planner import ModelNeeds, gpus_of_an_actor, needs
+from gt_ray.errors import UserError
+
+# Parameters in billions, and L x d of DESIGN.md section 7, of the shapes of Qwen2.5-Instruct.
+QWEN = {
+    "0.5B": (896, 24, 14, 2, 4864, 151936, True, 0.494, (24, 5632)),
+    "1.5B": (1536, 28, 12, 2, 8960, 151936, True, 1.544, (28, 9728)),
+    "3B": (2048, 36, 16, 2, 11008, 151936, True, 3.086, (36, 12800)),
+    "7B": (3584, 28, 28, 4, 18944, 152064, False, 7.616, (28, 22528)),
+    "14B": (5120, 48, 40, 8, 13824, 152064, False, 14.770, (48, 32768)),
+    "32B": (5120, 64, 40, 8, 27648, 152064, False, 32.764, (64, 32768)),
+}
+
+
+def qwen(size: str, **settings: object) -> tuple[ModelSettings, ModelNeeds]:
+    from transformers import Qwen2Config
+
+    hidden, layers, heads, groups, inner, vocabulary, tied, _, _ = QWEN[size]
+    config = Qwen2Config(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        intermediate_size=inner,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+    )
+    model = ModelSettings(model=f"Qwen/Qwen2.5-{size}-Instruct", **settings)  # type: ignore[arg-type]
+    return model, needs(model, config)
+
+
+@pytest.mark.parametrize("size", QWEN)
+def test_sizes_are_those_of_the_real_models(size: str) -> None:
+    _, found = qwen(size)
+    assert found.parameters / 1e9 == pytest.approx(QWEN[size][-2], abs=0.002)
+    assert found.weight_bytes == 2 * found.parameters and found.update_shape == QWEN[size][-1]
+
+
+def test_small_models_share_a_gpu_and_32b_fits_80_gb_with_checkpointing() -> None:
+    gpu = 80 * 10**9
+    settings, small = qwen("0.5B", gradient_checkpointing=True)
+    assert small.gpu_share(gpu, settings) == 1 / 8
+    settings, large = qwen("32B", gradient_checkpointing=True)
+    assert large.gpu_share(gpu, settings) == 1.0
+
+
+def test_a_model_larger_than_a_gpu_is_an_error_that_says_what_helps() -> None:
+    settings, large = qwen("32B")
+    with pytest.raises(UserError, match=r"Qwen2.5-32B-Instruct needs [\d.]+ GB .*gradient_checkpointing"):
+        large.gpu_share(80 * 10**9, settings)
+
+
+def test_checkpointing_takes_less_and_longer_samples_more() -> None:
+    plain, checkpointed = qwen("7B")[1], qwen("7B", gradient_checkpointing=True)[1]
+    assert checkpointed.step_bytes < plain.step_bytes / 5
+    short = qwen("7B", fine_tune=FineTuneSettings(max_length=64))[1]
+    assert short.step_bytes < plain.step_bytes / 3
+    assert 1e9 < plain.step_bytes < 1e12
+
+
+def test_gpus_as_asked_for_or_none() -> None:
+    settings = ModelSettings(model="nowhere", num_gpus=0.5)
+    assert gpus_of_an_actor(settings, {"CPU": 2.0, "GPU": 1.0}) == 0.5
+    embedded = ModelSettings(model="embedded:tinylm", dtype="float32")
+    assert gpus_of_an_actor(embedded, {"CPU": 2.0}) == 0
+    with pytest.raises(UserError, match="no GPU"):
+        gpus_of_an_actor(settings, {"CPU": 2.0})
+    with pytest.raises(UserError, match="only whole ones"):
+        gpus_of_an_actor(settings.model_copy(update={"num_gpus": 1.5}), {"GPU": 2.0})
