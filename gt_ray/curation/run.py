@@ -22,6 +22,8 @@ from gt_ray.progress import bar, say
 BLOCK = 64
 """Most jobs of a block where `adapters_at_once` is chosen by the actor."""
 
+SHOWN_ERRORS = 5
+
 
 def run_fine_tunes(study: Study, jobs: Sequence[FineTuneJob], stage: str) -> int:
     """Run those jobs whose unit the store lacks; finished units are kept whatever happens.
@@ -47,10 +49,11 @@ def run_fine_tunes(study: Study, jobs: Sequence[FineTuneJob], stage: str) -> int
                 errors[key] = error
     failed = {key: error for key, error in errors.items() if error}
     if failed:
-        first = next(iter(failed.values()))
+        reasons = sorted(set(failed.values()))
         raise UserError(
-            f"{len(failed)} of {len(keys)} fine-tunes failed, the others are kept: {first}"
-            + (f" (and {len(failed) - 1} more)" if len(failed) > 1 else "")
+            f"{len(failed)} of {len(keys)} fine-tunes failed, the others are kept: "
+            + "; ".join(reasons[:SHOWN_ERRORS])
+            + (f"; and {len(reasons) - SHOWN_ERRORS} more" if len(reasons) > SHOWN_ERRORS else "")
         )
     return len(keys)
 

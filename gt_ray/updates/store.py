@@ -260,7 +260,7 @@ class UpdateStore:
         """Remove what killed writers left in a folder, once it is a day old; object stores keep no halves."""
         if self._place.local:
             for partial in Path(self._place.base).glob(f"{PARTIAL}*"):
-                with contextlib.suppress(FileNotFoundError):  # its writer has just finished
+                with contextlib.suppress(OSError):  # its writer has just finished, or it is not ours to remove
                     if time.time() - partial.stat().st_mtime > STALE_S:
                         partial.unlink()
 

@@ -137,7 +137,10 @@ def pack(snapshots_JLd: Tensor, meta: UnitMeta) -> bytes:
 
     Raises:
         UserError: the snapshots cannot be stored (see snapshots.py).
+        ValueError: there are more or fewer of them than `meta.snapshot_steps`.
     """
+    if len(snapshots_JLd) != len(meta.snapshot_steps):
+        raise ValueError(f"{len(snapshots_JLd)} snapshots, but snapshot_steps names {len(meta.snapshot_steps)}")
     return _sign(encode(snapshots_JLd), meta)
 
 

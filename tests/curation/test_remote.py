@@ -14,7 +14,7 @@ from gt_ray.training.tuples import shadow_keys, side_chunks
 from tests.conftest import tiny_config
 from tests.s3 import BUCKET, s3_server
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_a_curation_into_s3_resumes_and_is_read_by_training(tiny_pair: tuple[Path, Path], tmp_path: Path) -> None:

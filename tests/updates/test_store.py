@@ -144,9 +144,11 @@ def test_a_checksum_is_only_replaced_where_it_stands(store: UpdateStore) -> None
     assert store.read("zeros")[1].made_by == made_by
 
 
-def test_updates_that_are_not_finite_are_refused(store: UpdateStore) -> None:
+def test_updates_that_are_not_finite_or_not_as_many_as_said_are_refused(store: UpdateStore) -> None:
     with pytest.raises(UserError, match="not finite"):
         store.write("other", snapshots() / 0, META)
+    with pytest.raises(ValueError, match="1 snapshots, but snapshot_steps names 2"):
+        store.write("other", snapshots()[:1], META)
     assert store.keys() == [KEY]
 
 
