@@ -201,7 +201,7 @@ def against_trainer(say: Callable[[str], None], cores: int, rounds: int, tasks: 
             for _ in range(rounds):
                 for task in tasks:
                     samples = group_samples(config, side, task)
-                    engine, G = workers.seconds_per_step(samples, steps=15)
+                    engine, G = workers.seconds_per_step(samples, config.pair.llm.fine_tune.steps)
                     seconds["engine"].append(engine)
                     held.add(G)
                     operations.append(step_operations(config, side, samples))

@@ -69,7 +69,7 @@ class TransformersScorer:
         )
         self.max_length = settings.fine_tune.max_length
         self.model: Any = load_model(settings, device)
-        self.losses = TargetLosses(self.model, root, pack=False)  # packing would take its attention from `generate`
+        self.losses = TargetLosses(self.model, root, exchange=False)  # `generate` needs the model as it is
         self.tokenizer = load_tokenizer(settings.model)
         self.tokenizer.padding_side = "left"
         # A model's own file may ask for sampling or a repetition penalty; greedy decoding is the same everywhere.

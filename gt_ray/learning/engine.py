@@ -151,7 +151,7 @@ class Engine:
         )
         if self.memory_bytes is None:
             return by_speed
-        with self.losses.attention(), stacked(self.model, self.root, G=1):
+        with self.losses.short_cuts(), stacked(self.model, self.root, G=1):
             try:
                 needed = training_bytes(lambda: self._backward([longest], 1), self.model, self.losses.device)
             except (RuntimeError, MemoryError) as error:
@@ -173,7 +173,7 @@ class Engine:
         held_out: list[list[list[float]]] = [[] for _ in sets]
         active = list(range(G))
         step = 0
-        with self.losses.attention(), stacked(self.model, self.root, G) as parameters:
+        with self.losses.short_cuts(), stacked(self.model, self.root, G) as parameters:
             trained = list(parameters.values())
             optimizer = torch.optim.AdamW(
                 trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True

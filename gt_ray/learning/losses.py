@@ -1,16 +1,16 @@
 """Cross-entropy of target tokens, computed in the cheapest way that gives what the model itself gives.
 
-Two short cuts, each tried on a few tokens when a model is taken into use: sequences are packed into one row without
-padding, and the LM head runs only where a loss is due, in pieces. A model that answers otherwise with one of them does
-without it.
+Four short cuts, each tried on a few tokens when a model is taken into use: sequences are packed into one row without
+padding, the LM head runs only where a loss is due, in pieces, so does what lies behind the last layer's attention, and
+RMSNorms take fewer passes. A model that answers otherwise with one of them does without it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gt_ray.learning.attention import packed_attention_in
 from gt_ray.learning.batches import Batch, packed, padded, padding_share
+from gt_ray.learning.last_layer import due_tokens_only
+from gt_ray.learning.norms import fast_norms
 from gt_ray.learning.samples import Sample
 from gt_ray.learning.stacked import stacked
 from gt_ray.pairs.root import Root
@@ -39,24 +41,36 @@ class TargetLosses:
     """The target losses of batches of one model.
 
     Args:
-        pack: whether sequences may be packed; then losses are computed inside `attention()`.
+        exchange: whether modules and attention may be exchanged; then losses are computed inside `short_cuts()`.
 
     Attributes:
         packs: whether sequences are packed.
         plain_head: whether the logits are the LM head's output as it is, at any choice of tokens.
+        plain_norms: whether RMSNorms compute what norms.py does.
+        plain_end: whether the last layer can be cut short as last_layer.py does.
     """
 
-    def __init__(self, model: PreTrainedModel, root: Root, pack: bool = True) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, root: Root, exchange: bool = True) -> None:
+        self.model, self.adapted = model, root.modules
         self.pad = model.config.pad_token_id or 0
         self.device = next(model.parameters()).device
-        self.packs, self.plain_head = False, False
+        self.packs = self.plain_head = self.plain_norms = self.plain_end = False
+        self._due_n = torch.empty(0, dtype=torch.long)
         with torch.no_grad():
-            self._try_short_cuts(root, pack)
+            self._try_short_cuts(root, exchange)
 
-    def attention(self) -> AbstractContextManager[None]:
-        """Let the model attend as the batches need it, until the last backward pass is over."""
-        return packed_attention_in(self.model) if self.packs else contextlib.nullcontext()
+    @contextmanager
+    def short_cuts(self) -> Iterator[None]:
+        """Let the model take its short cuts until the last backward pass is over."""
+        with (
+            packed_attention_in(self.model) if self.packs else nullcontext(),
+            fast_norms(self.model) if self.plain_norms else nullcontext(),
+            self._cut_end() if self.plain_end else nullcontext(),
+        ):
+            yield
+
+    def _cut_end(self) -> AbstractContextManager[None]:
+        return due_tokens_only(self.model, self.adapted, lambda: self._due_n)
 
     def batch(self, groups: Sequence[Sequence[Sample]]) -> Batch:
         """The samples of each adapter as a batch on the model's device."""
@@ -68,7 +82,8 @@ class TargetLosses:
         if not self.plain_head:
             logits_RTV = self.model(**self._inputs(batch), use_cache=False).logits
             return _cross_entropy(logits_RTV.flatten(0, 1)[batch.due_n], batch.target_n)
-        hidden_nd = self._hidden(batch)[batch.due_n]
+        self._due_n = batch.due_n
+        hidden_nd = self._hidden(batch).index_select(0, batch.due_n)
         head = self.model.get_output_embeddings()
 
         def loss(hidden: Tensor, target: Tensor) -> Tensor:
@@ -96,7 +111,7 @@ class TargetLosses:
         hidden: Tensor = self.model.base_model(**self._inputs(batch), use_cache=False).last_hidden_state
         return hidden.flatten(0, 1)
 
-    def _try_short_cuts(self, root: Root, pack: bool) -> None:
+    def _try_short_cuts(self, root: Root, exchange: bool) -> None:
         """Compare packed with padded, head by itself with whole model, on two adapters of two samples each."""
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
@@ -110,22 +125,28 @@ class TargetLosses:
                 if name.endswith("lora_B"):  # zero at the root, so that all adapters would be alike
                     parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(0.1))
             reference_n = self(padded(groups, self.pad).to(self.device))
-            self.plain_head = self._agrees("logits by the LM head alone", padded, groups, reference_n, HEAD_TOLERANCE)
-            if self.plain_head and pack:
-                with packed_attention_in(self.model):
-                    self.packs = self._agrees("packed sequences", packed, groups, reference_n, PACKING_TOLERANCE)
+            self.plain_head = self._agrees(
+                "logits by the LM head alone", padded, nullcontext, groups, reference_n, HEAD_TOLERANCE
+            )
+            if self.plain_head and exchange:
+                compare = partial(self._agrees, groups=groups, reference_n=reference_n, tolerance=PACKING_TOLERANCE)
+                self.packs = compare("packed sequences", packed, within=lambda: packed_attention_in(self.model))
+                self.plain_norms = compare("fast norms", padded, within=lambda: fast_norms(self.model))
+                self.plain_end = compare("last layer on target tokens alone", padded, within=self._cut_end)
 
     def _agrees(
         self,
         what: str,
         collate: Callable[[Sequence[Sequence[Sample]], int], Batch],
+        within: Callable[[], AbstractContextManager[None]],
         groups: Sequence[Sequence[Sample]],
         reference_n: Tensor,
         tolerance: tuple[float, float],
     ) -> bool:
         before, self.plain_head = self.plain_head, True
         try:
-            loss_n = self(collate(groups, self.pad).to(self.device))
+            with within():
+                loss_n = self(collate(groups, self.pad).to(self.device))
             difference = float((loss_n - reference_n).norm() / reference_n.norm())
             reason = f"losses differ by {difference:.1e}"
             agrees = difference < tolerance[self.model.dtype != torch.float32]

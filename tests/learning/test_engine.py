@@ -145,6 +145,7 @@ def test_other_architectures_and_any_linear_module(
     root, data = make_root(settings), sets(3)
     engine = Engine(load_model(settings), root, adapters_at_once=3)
     assert engine.losses.packs == packs
+    assert engine.losses.plain_end == (model_type not in ("gpt_neox", "opt", "phi", "gemma2"))
     for found, one in zip(run(engine, data, QUICK), data, strict=True):
         assert difference(found.snapshots_JLd[-1], by_peft(settings, root, one, QUICK)) < 1e-4
 
@@ -175,7 +176,7 @@ def test_gradient_checkpointing_keeps_fewer_activations(settings: ModelSettings)
     taken = []
     for checkpointing in (False, True):
         engine = Engine(load_model(settings), make_root(settings), 1, gradient_checkpointing=checkpointing)
-        with engine.losses.attention(), stacked(engine.model, engine.root, 1):
+        with engine.losses.short_cuts(), stacked(engine.model, engine.root, 1):
             samples = [list(sets(1)[0].samples)]
             step = lambda engine=engine, samples=samples: engine._backward(samples, 1)  # noqa: E731
             taken.append(training_bytes(step, engine.model, torch.device("cpu")))

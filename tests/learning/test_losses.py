@@ -36,7 +36,7 @@ def by_the_model(ready: TargetLosses, sample: Sample) -> float:
 @pytest.mark.parametrize("collate", [padded, packed])
 def test_losses_are_those_of_the_model_sample_by_sample(ready: TargetLosses, collate: object) -> None:
     expected = [sum(by_the_model(ready, s) * len(s.target) for s in group) for group in GROUPS]
-    with torch.no_grad(), ready.attention(), stacked(ready.model, make_root_of(ready), G=2):
+    with torch.no_grad(), ready.short_cuts(), stacked(ready.model, make_root_of(ready), G=2):
         sums, counts = ready.by_adapter(collate(GROUPS, 0), 2)  # type: ignore[operator]
     assert counts.tolist() == [5, 2] and torch.allclose(sums, torch.tensor(expected), rtol=1e-5)
 
@@ -50,7 +50,7 @@ def test_logits_in_pieces_give_the_same_gradients(ready: TargetLosses, monkeypat
     found = []
     for at_once in (2**27, 2 * ready.model.get_output_embeddings().weight.shape[0]):
         monkeypatch.setattr(module, "LOGITS_AT_ONCE", at_once)
-        with ready.attention(), stacked(ready.model, root, G=2) as parameters:
+        with ready.short_cuts(), stacked(ready.model, root, G=2) as parameters:
             ready(packed(GROUPS, 0)).sum().backward()
             found.append(torch.cat([p.grad.flatten() for p in parameters.values() if p.grad is not None]))
     assert torch.allclose(*found, atol=1e-5) and found[0].abs().sum() > 0
@@ -63,6 +63,6 @@ def test_batches_are_packed_where_padding_is_much(ready: TargetLosses) -> None:
 
 def test_attention_is_put_back(ready: TargetLosses) -> None:
     before = ready.model.config._attn_implementation
-    with ready.attention():
+    with ready.short_cuts():
         assert ready.model.config._attn_implementation != before
     assert ready.model.config._attn_implementation == before
