@@ -6,8 +6,8 @@ PEFT in one process: (a) the paper's recipe, batch 1 with 16 accumulation steps,
 optimizer, same number of optimizer steps; loading models and starting processes is not counted for anyone. The three
 take turns, so that all of them meet the same machine; ratios are of medians.
 
-Part 2, curation through Ray Data with more and more shadows: seconds of a shadow between the first finished group and
-the last, and the wall time with all starts.
+Part 2, curation through Ray Data with more and more shadows: seconds of a shadow while all workers are at it (the slope
+of finished units over time, without the first and last tenth), and the wall time with all starts.
 
     python benchmarks/curation.py                 # everything, about a quarter of an hour on 2 cores
     python benchmarks/curation.py --part growth --shadows 50,100
@@ -251,8 +251,11 @@ def growth(say: Callable[[str], None], sizes: list[int], workers: list[int]) -> 
                 run_fine_tunes(study, study.shadow_jobs("tinylm"), "growth")
                 wall = time.perf_counter() - start
                 done = sorted(path.stat().st_mtime for path in here.glob("*/updates.safetensors"))
-                first = next(i for i, at in enumerate(done) if at > done[0] + 0.2)  # a group's units come together
-                per_shadow.append((done[-1] - done[first - 1]) / (len(done) - first))
+                # Units come in groups, workers start and end at other times: the slope of what is done between.
+                tenth = len(done) // 10
+                middle = range(tenth, len(done) - tenth)
+                rate = statistics.linear_regression([done[i] for i in middle], middle).slope
+                per_shadow.append(1 / rate)
                 say(
                     f"{n} workers, {size} shadows: {per_shadow[-1]:.3f} s a shadow once they run; "
                     f"{wall / size:.3f} s with all starts"
