@@ -9,7 +9,7 @@ take turns, so that all of them meet the same machine; ratios are of medians.
 Part 2, curation through Ray Data with more and more shadows: seconds of a shadow while all workers are at it (the slope
 of finished units over time, without the first and last tenth), and the wall time with all starts.
 
-    python benchmarks/curation.py                 # everything, about a quarter of an hour on 2 cores
+    python benchmarks/curation.py                 # everything, 25 minutes on 2 cores
     python benchmarks/curation.py --part growth --shadows 50,100
 
 The last line of the output is JSON: `tinylm` and `llm`, each {"vs_trainer_batch1", "vs_trainer_batch16"}, and
@@ -226,8 +226,8 @@ def against_trainer(say: Callable[[str], None], cores: int, rounds: int, tasks: 
     return found
 
 
-def growth(say: Callable[[str], None], sizes: list[int], workers: list[int]) -> float:
-    """Part 2: largest over smallest seconds of a shadow, of the worst number of workers."""
+def growth(say: Callable[[str], None], rounds: int, sizes: list[int], workers: list[int]) -> float:
+    """Part 2: largest over smallest seconds of a shadow (medians of the rounds), of the worst number of workers."""
     import ray
 
     from gt_ray.cluster import connect
@@ -235,39 +235,40 @@ def growth(say: Callable[[str], None], sizes: list[int], workers: list[int]) -> 
     from gt_ray.curation.study import Study
 
     connect()
-    worst = 1.0
-    with tempfile.TemporaryDirectory() as folder:
-        for n in workers:
-            per_shadow = []
-            for size in sizes:
-                here = Path(folder) / f"{n}-{size}"
-                study = Study.load(
-                    load_config(
-                        "embedded",
-                        [f"curation.shadows={size}", f"curation.workers={n}", f"store={here}", f"runs={folder}"],
-                    )
-                )
+    seconds: dict[tuple[int, int], list[tuple[float, float]]] = {(n, size): [] for n in workers for size in sizes}
+    for turn in range(rounds):
+        # To and fro, so that a machine that gets slower is no size's disadvantage.
+        for n, size in list(seconds)[:: 1 if turn % 2 == 0 else -1]:
+            with tempfile.TemporaryDirectory() as folder:
+                overrides = [f"curation.shadows={size}", f"curation.workers={n}"]
+                study = Study.load(load_config("embedded", [*overrides, f"store={folder}/store", f"runs={folder}"]))
                 start = time.perf_counter()
                 run_fine_tunes(study, study.shadow_jobs("tinylm"), "growth")
                 wall = time.perf_counter() - start
-                done = sorted(path.stat().st_mtime for path in here.glob("*/updates.safetensors"))
-                # Units come in groups, workers start and end at other times: the slope of what is done between.
-                tenth = len(done) // 10
-                middle = range(tenth, len(done) - tenth)
-                rate = statistics.linear_regression([done[i] for i in middle], middle).slope
-                per_shadow.append(1 / rate)
-                say(
-                    f"{n} workers, {size} shadows: {per_shadow[-1]:.3f} s a shadow once they run; "
-                    f"{wall / size:.3f} s with all starts"
-                )
-            worst = max(worst, max(per_shadow) / min(per_shadow))
+                done = sorted(path.stat().st_mtime for path in Path(folder).glob("store/*/updates.safetensors"))
+            # Units come in groups, workers start and end at other times: the slope of what is done between.
+            tenth = len(done) // 10
+            middle = range(tenth, len(done) - tenth)
+            rate = statistics.linear_regression([done[i] for i in middle], middle).slope
+            seconds[n, size].append((1 / rate, wall / size))
     ray.shutdown()
+    worst = 1.0
+    for n in workers:
+        median = {size: statistics.median(once for once, _ in seconds[n, size]) for size in sizes}
+        for size in sizes:
+            every = ", ".join(f"{once:.3f}" for once, _ in seconds[n, size])
+            with_starts = statistics.median(wall for _, wall in seconds[n, size])
+            say(
+                f"{n} workers, {size} shadows: {median[size]:.3f} s a shadow ({every}); "
+                f"with all starts {with_starts:.3f}"
+            )
+        worst = max(worst, max(median.values()) / min(median.values()))
     return worst
 
 
 def main(
     part: Annotated[str, typer.Option(help="trainer, growth or all.")] = "all",
-    rounds: Annotated[int, typer.Option(help="How often each task is measured.")] = 3,
+    rounds: Annotated[int, typer.Option(help="How often everything is measured; medians count.")] = 3,
     tasks: Annotated[str, typer.Option(help="Tasks whose samples are trained on.")] = "gsm8k,drop,samsum",
     shadows: Annotated[str, typer.Option(help="Numbers of shadows.")] = "50,100,200",
     workers: Annotated[str, typer.Option(help="Numbers of workers.")] = "1,2",
@@ -279,7 +280,7 @@ def main(
         found |= against_trainer(typer.echo, cores, rounds, tasks.split(","))
     if part in ("growth", "all"):
         sizes, counts = ([int(n) for n in text.split(",")] for text in (shadows, workers))
-        found["growth_per_shadow"] = round(growth(typer.echo, sizes, counts), 3)
+        found["growth_per_shadow"] = round(growth(typer.echo, rounds, sizes, counts), 3)
     typer.echo(json.dumps(found))
 
 
