@@ -15,7 +15,7 @@ from rich.filesize import decimal
 
 from gt_ray.config import Config, ModelSettings
 from gt_ray.errors import UserError
-from gt_ray.pairs.models import resolve
+from gt_ray.pairs.models import EMBEDDED_PREFIX, resolve
 from gt_ray.progress import say
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ def needs(settings: ModelSettings, config: PretrainedConfig | None = None) -> Mo
     Args:
         config: the model's, where it is not to be read from the model's folder.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = config or AutoConfig.from_pretrained(resolve(settings.model))
+    config = config or _config_of(settings.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -95,6 +95,17 @@ def needs(settings: ModelSettings, config: PretrainedConfig | None = None) -> Mo
             block = ".".join(head.split(".")[:3])
             widths[block] = widths.get(block, 0) + settings.lora.rank * (module.in_features + module.out_features)
     return ModelNeeds(parameters, parameters * item, activations, (len(widths), max(widths.values(), default=0)))
+
+
+def _config_of(model: str) -> PretrainedConfig:
+    """A model's config, without its weights."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolve(model) if model.startswith(EMBEDDED_PREFIX) else model)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"model {model!r} is neither a folder with a config.json nor to be had: {reason}") from error
 
 
 def gpus_of_an_actor(settings: ModelSettings, resources: Mapping[str, Any]) -> float:

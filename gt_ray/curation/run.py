@@ -67,7 +67,9 @@ def _stream(study: Study, jobs: Sequence[FineTuneJob], keys: set[str]) -> Iterat
     shared = {"study": ray.put(study), "attempts": start_attempts()}
     at_once, most = study.config.curation.adapters_at_once, study.config.curation.workers
     resources = ray.cluster_resources()
-    demands = {side: gpus_of_an_actor(model_settings(study.config, side), resources) for side in SIDES}
+    demands = {
+        side: gpus_of_an_actor(model_settings(study.config, side), resources) for side in {job.side for job in jobs}
+    }
     pools = []
     # Models of equal demand share a pool, whose actors change from one model to the next.
     for num_gpus in sorted(set(demands.values()), reverse=True):
@@ -89,8 +91,7 @@ def _stream(study: Study, jobs: Sequence[FineTuneJob], keys: set[str]) -> Iterat
                 FineTuner,
                 fn_constructor_args=({**shared, "num_gpus": num_gpus, "actors": start},),
                 batch_size=None,
-                num_gpus=num_gpus or None,
-                num_cpus=1,
+                **({"num_gpus": num_gpus} if num_gpus else {"num_cpus": 1}),
                 compute=ray.data.ActorPoolStrategy(min_size=1, max_size=largest, initial_size=min(start, largest)),
             )
         )

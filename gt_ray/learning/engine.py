@@ -10,11 +10,13 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from gt_ray.config import FineTuneSettings
 from gt_ray.errors import UserError
@@ -284,7 +286,7 @@ def _check(sets: Sequence[TrainingSet], settings: FineTuneSettings, snapshot_ste
 def _checkpoint_layers(model: PreTrainedModel) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Not transformers' own switch: it works in training mode only, which turns dropout on.
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.training = True  # only then does it checkpoint; what it holds stays in evaluation mode, no dropout
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from gt_ray.learning.attention import packed_attention_in
 from gt_ray.learning.batches import Batch, packed, padded, padding_share
 from gt_ray.learning.last_layer import due_tokens_only
+from gt_ray.learning.memory import is_out_of_memory
 from gt_ray.learning.norms import fast_norms
 from gt_ray.learning.samples import Sample
 from gt_ray.learning.stacked import stacked
@@ -159,6 +160,8 @@ class TargetLosses:
             IndexError,
             AttributeError,
         ) as error:
+            if is_out_of_memory(error):
+                raise
             agrees, reason = False, str(error)
         finally:
             self.plain_head = before

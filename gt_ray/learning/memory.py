@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 def training_bytes(step: Callable[[], object], model: torch.nn.Module, device: torch.device) -> int:
@@ -40,9 +40,7 @@ def training_bytes(step: Callable[[], object], model: torch.nn.Module, device: t
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that an allocation failed."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        text in str(error) for text in CPU_OUT_OF_MEMORY
-    )
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def release(device: torch.device) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from gt_ray.config import FineTuneSettings, ModelSettings
@@ -74,3 +76,12 @@ def test_gpus_as_asked_for_or_none() -> None:
         gpus_of_an_actor(settings, {"CPU": 2.0})
     with pytest.raises(UserError, match="only whole ones"):
         gpus_of_an_actor(settings.model_copy(update={"num_gpus": 1.5}), {"GPU": 2.0})
+
+
+def test_a_config_is_enough_and_a_missing_one_is_an_error(tmp_path: Path) -> None:
+    from transformers import Qwen2Config
+
+    Qwen2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=128).save_pretrained(tmp_path)
+    assert needs(ModelSettings(model=str(tmp_path))).parameters > 0
+    with pytest.raises(UserError, match="nor to be had"):
+        needs(ModelSettings(model=str(tmp_path / "nowhere")))

@@ -169,6 +169,15 @@ def test_gradient_checkpointing_changes_nothing(settings: ModelSettings) -> None
         assert difference(other.snapshots_JLd, one.snapshots_JLd) < 1e-6
 
 
+def test_gradient_checkpointing_turns_no_dropout_on(tiny_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    config = {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64, "dropout": 0.5}
+    settings = _small(tiny_pair, tmp_path / "model", "opt", **config)
+    root, data = make_root(settings), sets(1)
+    (plain,) = run(Engine(load_model(settings), root, 1), data, QUICK)
+    (again,) = run(Engine(load_model(settings), root, 1, gradient_checkpointing=True), data, QUICK)
+    assert difference(again.snapshots_JLd, plain.snapshots_JLd) < 1e-6
+
+
 def test_gradient_checkpointing_keeps_fewer_activations(settings: ModelSettings) -> None:
     from gt_ray.learning.memory import training_bytes
     from gt_ray.learning.stacked import stacked
