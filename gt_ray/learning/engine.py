@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -86,18 +86,17 @@ class Engine:
         self.model, self.root = model, root
         self.memory_bytes = memory_bytes
         self.losses = TargetLosses(model, root)
-        self._limit: int | None = None if adapters_at_once == "auto" else adapters_at_once
-        self._pieces = 1
+        self.adapters_at_once = adapters_at_once
+        self._most_tokens: int | None = None  # of a pass, since more ran out of memory
+        self._measured = (0, 0)  # tokens of the longest step of one adapter that was measured, bytes that it took
         if gradient_checkpointing:
             _checkpoint_layers(model)
 
     def groups(self, sets: Sequence[TrainingSet], settings: FineTuneSettings) -> list[list[int]]:
-        """The sets that are trained together: as few groups as the limit allows, of even sizes."""
+        """The sets that are trained together: as few groups as these sets' lengths allow, of even sizes."""
         if not sets:
             return []
-        if self._limit is None:
-            self._limit = self._measured_limit(sets, settings)
-        n = -(-len(sets) // self._limit)
+        n = -(-len(sets) // self._limit(sets, settings))
         borders = [round(i * len(sets) / n) for i in range(n + 1)]
         return [list(range(start, end)) for start, end in pairwise(borders)]
 
@@ -117,50 +116,69 @@ class Engine:
         """
         _check(sets, settings, snapshot_steps)
         waiting = list(range(len(sets)))
+        fits = self._most_tokens
         while waiting:
             group = [waiting[i] for i in self.groups([sets[i] for i in waiting], settings)[0]]
+            members = [sets[i] for i in group]
             try:
-                for g, result in self._train([sets[i] for i in group], settings, snapshot_steps):
+                for g, result in self._train(members, settings, snapshot_steps):
                     waiting.remove(group[g])
                     yield group[g], result
+                fits = self._most_tokens
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if len(group) > 1:
-                    self._limit = len(group) // 2
-                elif self._pieces < settings.batch_size:
-                    self._pieces *= 2
+                pieces = self._pieces(members, settings)
+                if len(group) > 1 or pieces < settings.batch_size:
+                    self._most_tokens = max(1, len(group) * _step_tokens(members, settings) // pieces // 2)
                 else:
+                    self._most_tokens = fits  # the others are not to blame
                     waiting.remove(group[0])
                     yield (
                         group[0],
                         UserError(
-                            f"{sets[group[0]].name}: one sample of one adapter does not fit into memory; set "
+                            f"{members[0].name}: one sample of one adapter does not fit into memory; set "
                             "gradient_checkpointing, or lower max_length"
                         ),
                     )
             release(self.losses.device)
 
-    def _measured_limit(self, sets: Sequence[TrainingSet], settings: FineTuneSettings) -> int:
-        """G by the memory of one adapter's step on the longest samples, and by the tokens that a step should hold."""
-        longest = sorted((sample for s in sets for sample in s.samples), key=len)[-settings.batch_size :]
+    def _limit(self, sets: Sequence[TrainingSet], settings: FineTuneSettings) -> int:
+        """Most of these adapters at once: as set, or by memory and speed; fewer where as many ran out of memory."""
+        if self.adapters_at_once == "auto":
+            limit = min(self._by_speed(sets, settings), self._by_memory(sets, settings))
+        else:
+            limit = self.adapters_at_once
+        if self._most_tokens is not None:
+            limit = min(limit, self._most_tokens // _step_tokens(sets, settings))
+        return max(1, limit)
+
+    def _pieces(self, sets: Sequence[TrainingSet], settings: FineTuneSettings) -> int:
+        """Parts into which a group's batch is cut: more than one where a whole one ran out of memory."""
+        if self._most_tokens is None:
+            return 1
+        return min(settings.batch_size, -(-len(sets) * _step_tokens(sets, settings) // self._most_tokens))
+
+    def _by_speed(self, sets: Sequence[TrainingSet], settings: FineTuneSettings) -> int:
         tokens = sum(len(sample) for s in sets for sample in s.samples) / sum(len(s.samples) for s in sets)
-        by_speed = max(
-            1,
-            round(
-                SATURATED_TOKENS.get(self.losses.device.type, SATURATED_TOKENS["cuda"]) / (tokens * settings.batch_size)
-            ),
-        )
+        saturated = SATURATED_TOKENS.get(self.losses.device.type, SATURATED_TOKENS["cuda"])
+        return round(saturated / (tokens * settings.batch_size))
+
+    def _by_memory(self, sets: Sequence[TrainingSet], settings: FineTuneSettings) -> int:
+        """G by what one adapter's step on the longest samples takes; shorter ones than measured take their share."""
         if self.memory_bytes is None:
-            return by_speed
-        with self.losses.short_cuts(), stacked(self.model, self.root, G=1):
-            try:
-                needed = training_bytes(lambda: self._backward([longest], 1), self.model, self.losses.device)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                return 1
-        return max(1, min(by_speed, self.memory_bytes // max(1, needed)))
+            return len(sets)
+        tokens = _step_tokens(sets, settings)
+        if tokens > self._measured[0]:
+            batch = [_longest(sets, settings)]
+            with self.losses.short_cuts(), stacked(self.model, self.root, G=1):
+                try:
+                    self._measured = tokens, training_bytes(lambda: self._backward(batch, 1), self.losses.device)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    return 1
+        return int(self.memory_bytes * self._measured[0] / (tokens * max(1, self._measured[1])))
 
     def _train(
         self, sets: Sequence[TrainingSet], settings: FineTuneSettings, snapshot_steps: Sequence[int]
@@ -174,6 +192,7 @@ class Engine:
         losses: list[list[float]] = [[] for _ in sets]
         held_out: list[list[list[float]]] = [[] for _ in sets]
         active = list(range(G))
+        pieces = self._pieces(sets, settings)
         step = 0
         with self.losses.short_cuts(), stacked(self.model, self.root, G) as parameters:
             trained = list(parameters.values())
@@ -182,12 +201,12 @@ class Engine:
             )
             while active:
                 if schedule.wants_check(step):
-                    for g, loss in zip(active, self._held_out([sets[g] for g in active], settings), strict=True):
+                    for g, loss in zip(active, self._held_out([sets[g] for g in active], settings, pieces), strict=True):
                         held_out[g].append([step, loss])
                         schedule.check(g, step, loss)
                 batch = [[sets[g].samples[next(orders[g])] for _ in range(settings.batch_size)] for g in active]
                 optimizer.zero_grad()
-                loss_G = self._backward(batch, self._pieces)
+                loss_G = self._backward(batch, pieces)
                 clip_per_adapter(trained, settings.clip_norm)
                 _step(optimizer, trained, [schedule.factor(g, step) for g in active])
                 step += 1
@@ -231,11 +250,11 @@ class Engine:
         return loss_G
 
     @torch.no_grad()
-    def _held_out(self, sets: Sequence[TrainingSet], settings: FineTuneSettings) -> list[float]:
+    def _held_out(self, sets: Sequence[TrainingSet], settings: FineTuneSettings, pieces: int) -> list[float]:
         """Mean held-out loss a target token of each adapter."""
         G = len(sets)
         sum_G, count_G = torch.zeros(2, G, device=self.losses.device)
-        size = -(-settings.batch_size // self._pieces)
+        size = -(-settings.batch_size // pieces)
         for first in range(0, settings.stop.held_out, size):
             sums, counts = self.losses.by_adapter(
                 self.losses.batch([s.held_out[first : min(first + size, settings.stop.held_out)] for s in sets]), G
@@ -269,6 +288,17 @@ def _order(n: int, seed: int) -> Iterator[int]:
     rng = random.Random(seed)
     while True:
         yield from rng.sample(range(n), n)
+
+
+def _longest(sets: Sequence[TrainingSet], settings: FineTuneSettings) -> list[Sample]:
+    """The longest batch that a step of one of these adapters could meet."""
+    samples = sorted((sample for s in sets for sample in s.samples), key=len, reverse=True)
+    return list(islice(cycle(samples), settings.batch_size))
+
+
+def _step_tokens(sets: Sequence[TrainingSet], settings: FineTuneSettings) -> int:
+    """Tokens of the longest step of one of these adapters."""
+    return sum(map(len, _longest(sets, settings)))
 
 
 def _check(sets: Sequence[TrainingSet], settings: FineTuneSettings, snapshot_steps: Sequence[int]) -> None:

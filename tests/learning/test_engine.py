@@ -13,7 +13,7 @@ import torch
 
 from gt_ray.config import FineTuneSettings, LoraSettings, ModelSettings, StopSettings
 from gt_ray.errors import UserError
-from gt_ray.learning.engine import Engine, FineTuned, TrainingSet, clip_per_adapter
+from gt_ray.learning.engine import Engine, FineTuned, TrainingSet, _step_tokens, clip_per_adapter
 from gt_ray.learning.samples import Sample
 from gt_ray.pairs.models import load_model
 from gt_ray.pairs.root import Root, make_root
@@ -178,18 +178,20 @@ def test_gradient_checkpointing_turns_no_dropout_on(tiny_pair: tuple[Path, Path]
     assert difference(again.snapshots_JLd, plain.snapshots_JLd) < 1e-6
 
 
-def test_gradient_checkpointing_keeps_fewer_activations(settings: ModelSettings) -> None:
+def test_gradient_checkpointing_keeps_fewer_activations(tiny_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of eight layers the inputs of all and the inside of one, which is computed again in the backward pass."""
     from gt_ray.learning.memory import training_bytes
     from gt_ray.learning.stacked import stacked
 
+    settings = _small(tiny_pair, tmp_path / "model", "llama", num_hidden_layers=8)
     taken = []
     for checkpointing in (False, True):
         engine = Engine(load_model(settings), make_root(settings), 1, gradient_checkpointing=checkpointing)
         with engine.losses.short_cuts(), stacked(engine.model, engine.root, 1):
-            samples = [list(sets(1)[0].samples)]
+            samples = [[Sample([5] * 40, [7] * 2)] * 4]
             step = lambda engine=engine, samples=samples: engine._backward(samples, 1)  # noqa: E731
-            taken.append(training_bytes(step, engine.model, torch.device("cpu")))
-    assert 0 < taken[1] < 0.5 * taken[0]
+            taken.append(training_bytes(step, torch.device("cpu")))
+    assert taken[0] / 8 < taken[1] < 0.5 * taken[0]
 
 
 def test_snapshots_count_steps_from_the_end(settings: ModelSettings) -> None:
@@ -204,7 +206,8 @@ def test_snapshots_count_steps_from_the_end(settings: ModelSettings) -> None:
 def test_a_batch_in_pieces_gives_the_same_gradients(settings: ModelSettings) -> None:
     root, data = make_root(settings), sets(2)
     whole, cut = (Engine(load_model(settings), root, 2) for _ in range(2))
-    cut._pieces = 2
+    cut._most_tokens = _step_tokens(data, QUICK) // 2
+    assert cut.groups(data, QUICK) == [[0], [1]] and cut._pieces(data[:1], QUICK) > 1
     for one, other in zip(run(whole, data, QUICK), run(cut, data, QUICK), strict=True):
         assert difference(other.snapshots_JLd, one.snapshots_JLd) < 1e-5
 
@@ -268,10 +271,25 @@ def test_auto_takes_as_many_as_memory_allows(settings: ModelSettings) -> None:
     root, data = make_root(settings), sets(6)
     free = Engine(load_model(settings), root, "auto", memory_bytes=10**12)
     run(free, data, QUICK)
-    assert free._limit is not None and free._limit >= 6
+    assert len(free.groups(data, QUICK)) == 1
     tight = Engine(load_model(settings), root, "auto", memory_bytes=0)
     run(tight, data, QUICK)
-    assert tight._limit == 1
+    assert len(tight.groups(data, QUICK)) == 6
+
+
+def test_auto_measures_again_where_later_samples_are_longer(settings: ModelSettings) -> None:
+    root, tune = make_root(settings), QUICK.model_copy(update={"batch_size": 1})
+    short = [TrainingSet([Sample([5] * 10, [7] * 10)], g) for g in range(8)]
+    long = [TrainingSet([Sample([5] * 100, [7] * 100)], g) for g in range(8)]
+    model = load_model(settings)
+    measured = Engine(model, root, "auto", memory_bytes=10**12)
+    measured.groups(long, tune)
+    tokens, step_bytes = measured._measured
+    assert tokens == 200
+    engine = Engine(model, root, "auto", memory_bytes=4 * step_bytes)
+    assert len(engine.groups(short, tune)) == 1
+    assert len(engine.groups(long, tune)) == 2
+    assert len(engine.groups(short, tune)) == 1
 
 
 OUT_OF_MEMORY = """
@@ -292,7 +310,13 @@ used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 260_000_000, resource.RLIM_INFINITY))
 results = dict(engine.fine_tune(data, tune))
 assert sorted(results) == list(range(8)) and all(isinstance(r, FineTuned) for r in results.values()), results
-print("limit", engine._limit, "pieces", engine._pieces)
+print("groups", len(engine.groups(data, tune)))
+short = [TrainingSet([Sample([5] * 10, [7] * 10)] * 8, g) for g in range(8)]
+print("of short ones", len(engine.groups(short, tune)))
+giant = TrainingSet([Sample([5] * 60000, [7] * 4000)] * 8, 0, name="shadow x")
+((_, error),) = engine.fine_tune([giant], tune)
+assert "shadow x: one sample of one adapter does not fit" in str(error), error
+print("afterwards", len(engine.groups(data, tune)))
 """
 
 
@@ -302,8 +326,9 @@ def test_out_of_memory_makes_groups_smaller_and_loses_nothing(settings: ModelSet
     command = [sys.executable, "-c", OUT_OF_MEMORY, settings.model, str(root)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    _, limit, _, _ = done.stdout.split()
-    assert int(limit) < 8
+    groups, short, afterwards = (int(line.split()[-1]) for line in done.stdout.splitlines())
+    # What fits is remembered in tokens, so shorter samples go together; one adapter that never fits changes nothing.
+    assert groups > 1 and short == 1 and afterwards == groups
 
 
 def test_clipping_is_per_adapter() -> None:
