@@ -107,6 +107,8 @@ class DataSettings(Section):
     def _check(self) -> DataSettings:
         if self.source == "files" and self.folder is None:
             raise ValueError("data.source=files needs data.folder=<folder with one folder a task>")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"data.tasks={list(self.tasks)} names a task twice")
         return self
 
 

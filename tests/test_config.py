@@ -161,3 +161,8 @@ def test_a_file_that_is_no_config_is_an_error_in_one_line(content: bytes, messag
     with pytest.raises(UserError, match=message) as raised:
         load_config(str(file))
     assert "study.yaml" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_task_that_is_named_twice_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.tasks=\['gsm8k', 'gsm8k'\] names a task twice"):
+        load_config("embedded", ["data.tasks=[gsm8k, gsm8k]"])

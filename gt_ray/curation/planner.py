@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,8 @@ ACTIVATIONS = 34
 """Bytes that a layer keeps for its backward pass, for each token and unit of width, in 16 bit (arXiv 2205.05198)."""
 RESERVE = 0.1
 """Share of a GPU that libraries and fragments take."""
+LOOK_S = 120
+"""How long to wait for a GPU of the cluster to be looked at."""
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
@@ -127,8 +130,13 @@ def gpus_of_an_actor(settings: ModelSettings, resources: Mapping[str, Any]) -> f
     return needs(settings).gpu_share(_gpu_bytes(), settings)
 
 
+@cache
 def _gpu_bytes() -> int:
-    """Memory of a GPU of the cluster, as a task on it finds it."""
+    """Memory of a GPU of the cluster, as a task on it finds it.
+
+    Raises:
+        UserError: all GPUs are taken.
+    """
     import ray
 
     @ray.remote(num_gpus=0.01, num_cpus=0)
@@ -137,7 +145,15 @@ def _gpu_bytes() -> int:
 
         return torch.cuda.get_device_properties(0).total_memory
 
-    found: int = ray.get(look.remote())
+    pending = look.remote()
+    try:
+        found: int = ray.get(pending, timeout=LOOK_S)
+    except ray.exceptions.GetTimeoutError as error:
+        ray.cancel(pending)
+        raise UserError(
+            f"no GPU of this Ray cluster was free for {LOOK_S} s to look at its memory; wait until other jobs have "
+            "ended, or set pair.tinylm.num_gpus and pair.llm.num_gpus"
+        ) from error
     return found
 
 

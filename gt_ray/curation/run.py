@@ -34,6 +34,7 @@ def run_fine_tunes(study: Study, jobs: Sequence[FineTuneJob], stage: str) -> int
     Raises:
         UserError: the store cannot be written, or some jobs failed; the others are done by then.
     """
+    jobs = list({job.key: job for job in jobs}.values())
     study.store.sweep()
     keys = set(study.store.missing([job.key for job in jobs]))
     if not keys:
@@ -89,7 +90,7 @@ def _stream(study: Study, jobs: Sequence[FineTuneJob], keys: set[str]) -> Iterat
         pools.append(
             dataset.map_batches(
                 FineTuner,
-                fn_constructor_args=({**shared, "num_gpus": num_gpus, "actors": start},),
+                fn_constructor_args=({**shared, "num_gpus": num_gpus, "actors": largest},),
                 batch_size=None,
                 **({"num_gpus": num_gpus} if num_gpus else {"num_cpus": 1}),
                 compute=ray.data.ActorPoolStrategy(min_size=1, max_size=largest, initial_size=min(start, largest)),

@@ -13,12 +13,12 @@ from gt_ray.updates.store import UnitMeta
 
 GPU_SHARE, CPU_SHARE = 0.9, 0.5
 """What of its memory an actor's training steps may take, beside the base model."""
-MOST_DEATHS = 10
-"""Workers that one group may take with it before it is given up; after the second its parts get smaller."""
+MOST_DEATHS = 3
+"""Workers that one adapter may take with it, alone, before it is given up."""
 
 
 def start_attempts() -> Any:
-    """A counter, on this node, of how often a group has been begun: more than once means that its worker died."""
+    """A counter, on this node, of how often something has been begun: more than once means that its worker died."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -26,9 +26,11 @@ def start_attempts() -> Any:
         def __init__(self) -> None:
             self.begun: dict[str, int] = {}
 
-        def begin(self, group: str) -> int:
-            self.begun[group] = self.begun.get(group, 0) + 1
-            return self.begun[group]
+        def deaths(self, what: str) -> int:
+            """Begin it; how often that has been done before."""
+            before = self.begun.get(what, 0)
+            self.begun[what] = before + 1
+            return before
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Killed itself, it starts again from zero: then a group that kills its workers does so a few times more.
@@ -41,7 +43,7 @@ class FineTuner:
 
     Args:
         shared: `study`, a reference to the study; `attempts`, a counter; `num_gpus` of this actor; `actors`, how many
-            share a machine's memory.
+            there may be of its kind.
     """
 
     def __init__(self, shared: dict[str, Any]) -> None:
@@ -80,21 +82,25 @@ class FineTuner:
 
     def _attempt(self, engine: Any, jobs: list[dict[str, Any]], sets: list[Any], settings: Any) -> dict[str, str]:
         """Fine-tune a group, in ever smaller parts where it has killed its workers before; errors by key."""
-        import ray
-
-        deaths = ray.get(self.shared["attempts"].begin.remote(jobs[0]["key"])) - 1
-        if deaths >= MOST_DEATHS:
-            error = f"{len(jobs)} adapters' worker died {deaths} times, at last with one adapter at a time"
-            return {job["key"]: f"{job['name']}: {error}; is there enough memory?" for job in jobs}
-        errors: dict[str, str] = {}
+        deaths = self._deaths("group of " + jobs[0]["key"])
         # One death may be a node that went away; more are most likely for the memory that the group takes.
         size = max(1, len(jobs) >> max(0, deaths - 1))
+        errors: dict[str, str] = {}
         for first in range(0, len(jobs), size):
             part = slice(first, first + size)
             if deaths and not self.study.store.missing([job["key"] for job in jobs[part]]):
                 continue
+            job = jobs[first]
+            if deaths and size == 1 and (alone := self._deaths(job["key"])) >= MOST_DEATHS:
+                errors[job["key"]] = f"{sets[first].name}: its worker died {alone} times; is there enough memory?"
+                continue
             errors |= self._fine_tune(engine, jobs[part], sets[part], settings)
         return errors
+
+    def _deaths(self, what: str) -> int:
+        import ray
+
+        return int(ray.get(self.shared["attempts"].deaths.remote(what)))
 
     def _fine_tune(self, engine: Any, jobs: list[dict[str, Any]], sets: list[Any], settings: Any) -> dict[str, str]:
         """Fine-tune a group and write what is done as it is done; errors by key."""
@@ -160,5 +166,9 @@ class FineTuner:
             total = torch.cuda.get_device_properties(self.device).total_memory
             return int(GPU_SHARE * share * total) - torch.cuda.memory_allocated()
         import psutil
+        import ray
 
-        return int(CPU_SHARE * psutil.virtual_memory().available / self.shared["actors"])
+        here = ray.get_runtime_context().get_node_id()
+        cpus = sum(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["NodeID"] == here)
+        neighbours = max(1, min(self.shared["actors"], cpus))  # each takes a CPU of its machine
+        return int(CPU_SHARE * psutil.virtual_memory().available / neighbours)

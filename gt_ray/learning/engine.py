@@ -201,7 +201,9 @@ class Engine:
             )
             while active:
                 if schedule.wants_check(step):
-                    for g, loss in zip(active, self._held_out([sets[g] for g in active], settings, pieces), strict=True):
+                    for g, loss in zip(
+                        active, self._held_out([sets[g] for g in active], settings, pieces), strict=True
+                    ):
                         held_out[g].append([step, loss])
                         schedule.check(g, step, loss)
                 batch = [[sets[g].samples[next(orders[g])] for _ in range(settings.batch_size)] for g in active]

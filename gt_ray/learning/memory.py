@@ -21,8 +21,8 @@ class _LiveTensors(TorchDispatchMode):
     """Counts the bytes of tensors that are made under it and still alive; checkpointing may nest its own hooks."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.peak = 0, 0
         self._seen: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
@@ -65,7 +65,8 @@ def training_bytes(step: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with _LiveTensors() as live:
         step()
-    return BESIDES * live.peak
+    peak: int = live.peak
+    return BESIDES * peak
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from math import prod
 
 from rich.filesize import decimal
@@ -69,14 +70,8 @@ def statistics(store: UpdateStore) -> Table:
     kinds: dict[tuple[str, str, str], Kind] = defaultdict(Kind)
     unreadable = 0
 
-    def header(key: str) -> Header | None:
-        try:
-            return store.header(key)
-        except (OSError, ValueError):
-            return None
-
     with bar("stat", len(units)) as progress:
-        for key, found in store.each(header, units):
+        for key, found in store.each(partial(_header, store), units):
             progress.advance()
             if found is None:
                 unreadable += 1
@@ -135,12 +130,15 @@ def compact(store: UpdateStore, snapshots: int | None = None) -> Compacted:
     shortened = kept_whole = 0
 
     def shorten(key: str) -> bool | None:
-        found = store.header(key).meta
-        if len(found.snapshot_steps) <= (snapshots or 0):
+        header = _header(store, key)
+        if header is None or len(header.meta.snapshot_steps) <= (snapshots or 0):
             return None
-        if found.made_by.get("snapshot_steps") != found.snapshot_steps:
+        if header.meta.made_by.get("snapshot_steps") != header.meta.snapshot_steps:
             return False
-        content, meta = keep_last(store.read_file(key), snapshots or 0)
+        try:
+            content, meta = keep_last(store.read_file(key), snapshots or 0)
+        except (OSError, ValueError):  # removed, or damaged, since it was looked at
+            return None
         store.write_file(unit_key(meta.made_by), content)
         store.remove(key)
         return True
@@ -153,6 +151,14 @@ def compact(store: UpdateStore, snapshots: int | None = None) -> Compacted:
                 shortened += done is True
                 kept_whole += done is False
     return Compacted(damaged, len(stale), shortened, kept_whole, bytes_before, _stored_bytes(store))
+
+
+def _header(store: UpdateStore, key: str) -> Header | None:
+    """A unit's header; none where the unit is damaged, or was removed by others while we looked."""
+    try:
+        return store.header(key)
+    except (OSError, ValueError):
+        return None
 
 
 def _stored_bytes(store: UpdateStore) -> int:

@@ -36,6 +36,7 @@ PARTIAL = ".partial-"
 ABSENT = "absent"
 STALE_S = 24 * 3600
 CHUNK_BYTES = 8 * 2**20
+RENAMES = 5
 AT_ONCE = 16
 """Units that are looked at together: an object store takes tens of milliseconds to answer, whatever it is asked."""
 
@@ -108,8 +109,7 @@ class UpdateStore:
             with files.open_output_stream(target) as file:
                 file.write(content)
             if local:
-                files.create_dir(final.rpartition("/")[0])
-                files.move(target, final)
+                self._rename(target, final)
         except BaseException:
             if local:
                 with contextlib.suppress(OSError):
@@ -117,6 +117,17 @@ class UpdateStore:
                 with contextlib.suppress(OSError):
                     Path(final).parent.rmdir()  # unless another writer has filled it
             raise
+
+    def _rename(self, target: str, final: str) -> None:
+        """Put a file into a folder that others may remove while it is empty: a failed writer, `remove`."""
+        for attempt in range(RENAMES):
+            self._place.files.create_dir(final.rpartition("/")[0])
+            try:
+                self._place.files.move(target, final)
+                return
+            except FileNotFoundError:
+                if attempt == RENAMES - 1:
+                    raise
 
     def read(self, key: str, verify: bool = True) -> tuple[Tensor, UnitMeta]:
         """The snapshots [J, L, d] float32 of a unit and what it says of itself.
@@ -129,10 +140,11 @@ class UpdateStore:
         Raises:
             UserError: the unit is absent or damaged; names it.
         """
+        place = self._place  # a location that is none is not a damaged unit
         try:
             return unpack(self.read_file(key), verify)
         except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not self._place.local:
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not place.local:
                 raise self._unreachable(error) from error
             raise UserError(
                 f"unit {key} of {self.location} is absent or damaged ({reason(error)}); curate again"
@@ -168,6 +180,7 @@ class UpdateStore:
         Raises:
             UserError: a remote store does not answer, or does not let us read.
         """
+        place = self._place
         try:
             with self._open(key) as file:
                 start = file.read(CHUNK_BYTES)
@@ -179,7 +192,7 @@ class UpdateStore:
         except ValueError as error:
             return str(error)
         except OSError as error:
-            if not self._place.local:
+            if not place.local:
                 raise self._unreachable(error) from error
             return reason(error)
         return None

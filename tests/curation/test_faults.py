@@ -249,8 +249,9 @@ def test_killed_workers_are_replaced(two_nodes: Nodes, undisturbed: Study, study
     assert_same(study, undisturbed, killed_writers=True)
 
 
-def deadly_for_groups(log: Path, deaths: int) -> Callable[[], None]:
-    """Workers that are killed with a group of the LLM that they have begun, `deaths` times; logs the groups' sizes."""
+def deadly_for_groups(log: Path, deaths: int, name: str = "llm") -> Callable[[], None]:
+    """Workers that are killed by a group that they have begun, `deaths` times, where it holds an adapter whose name
+    has `name` in it; logs the groups' sizes."""
 
     def setup() -> None:
         from gt_ray.learning.engine import Engine
@@ -258,7 +259,7 @@ def deadly_for_groups(log: Path, deaths: int) -> Callable[[], None]:
         fine_tune = Engine.fine_tune
 
         def logged(self: Engine, sets: Any, *args: Any) -> Any:
-            if "llm" in sets[0].name:
+            if any(name in one.name for one in sets):
                 with log.open("a") as file:
                     file.write(f"{len(sets)}\n")
                 if len(log.read_text().split()) <= deaths:
@@ -280,6 +281,27 @@ def test_a_group_that_kills_its_workers_is_done_in_smaller_ones(
     # One death may be a node that went away; after the second the group is halved each time.
     assert (tmp_path / "sizes").read_text().split() == ["8", "8", "4", *["2"] * 4]
     assert_same(study, undisturbed, killed_writers=False)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_always_kills_its_worker_is_given_up_alone(
+    two_nodes: Nodes, undisturbed: Study, study_config: Make, tmp_path: Path
+) -> None:
+    study = Study.load(study_config(tmp_path, "curation.adapters_at_once=4", "curation.workers=1"))
+    deadly = next(job for job in jobs_of(study) if job.side == "llm" and job.name == "shadow 3")
+    with (
+        two_nodes.driver(deadly_for_groups(tmp_path / "sizes", 1000, "shadow 3 (gsm8k, llm)")),
+        pytest.raises(
+            UserError,
+            match=rf"1 of {2 * SHADOWS} fine-tunes failed, .*: shadow 3 \(gsm8k, llm\): its worker died 3 times",
+        ),
+    ):
+        run_fine_tunes(study, jobs_of(study), "curate")
+    assert (tmp_path / "sizes").read_text().split() == ["4", "4", "2", "1", "1", "1"]
+    units, _ = study.store.contents()
+    assert set(units) == keys_of(study) - {deadly.key}
+    for key in units:
+        assert_same_unit(key, study, undisturbed)
 
 
 @pytest.mark.slow

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from gt_ray.config import FineTuneSettings, ModelSettings
+from gt_ray.curation import planner
 from gt_ray.curation.planner import ModelNeeds, gpus_of_an_actor, needs
 from gt_ray.errors import UserError
 
@@ -85,3 +87,18 @@ def test_a_config_is_enough_and_a_missing_one_is_an_error(tmp_path: Path) -> Non
     assert needs(ModelSettings(model=str(tmp_path))).parameters > 0
     with pytest.raises(UserError, match="nor to be had"):
         needs(ModelSettings(model=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.ray
+def test_gpus_that_others_hold_are_an_error_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(planner, "LOOK_S", 2)
+    ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        holder = ray.remote(num_gpus=1, num_cpus=0)(Counter).remote()
+        ray.get(holder.__ray_ready__.remote())
+        with pytest.raises(UserError, match=r"no GPU of this Ray cluster was free for 2 s.*set pair\.tinylm\.num_gpus"):
+            gpus_of_an_actor(ModelSettings(model="embedded:tinylm", dtype="float32"), ray.cluster_resources())
+    finally:
+        ray.shutdown()

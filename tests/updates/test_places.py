@@ -188,3 +188,10 @@ def test_a_file_uri_is_a_folder(tmp_path: Path) -> None:
     store.write(KEY, snapshots(), META)
     assert UpdateStore(tmp_path / "store").keys() == store.keys() == [KEY]
     assert [path.name for path in (tmp_path / "store").iterdir()] == [KEY]
+
+
+def test_a_mistyped_location_is_no_damaged_unit() -> None:
+    store = UpdateStore("s4://bucket/store")
+    for look in (store.damage, store.read, lambda key: store.missing([key])):
+        with pytest.raises(UserError, match="store s4://bucket/store: "):
+            look("key")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -11,6 +12,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -223,6 +225,25 @@ def test_many_units_are_checked_together_in_order(store: UpdateStore) -> None:
         store.write(key, snapshots(), META)
     flip_a_bit(unit_file(store, "unit8"))
     assert store.missing(keys) == sorted([*keys[1::2], "unit8"], key=keys.index)
+
+
+def test_a_unit_is_written_though_others_remove_its_empty_folder(tmp_path: Path) -> None:
+    """As a writer that failed does with the folder that it made."""
+    store, done = UpdateStore(tmp_path), threading.Event()
+
+    def remove_empty_folders() -> None:
+        while not done.is_set():
+            for folder in tmp_path.iterdir():
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(remove_empty_folders)
+        for number in range(100):
+            store.write(f"unit{number}", torch.ones(2, 1, 4), META)
+        done.set()
+        running.result()
+    assert len(store.keys()) == 100
 
 
 @pytest.mark.parametrize("damaged", [False, True])
