@@ -7,7 +7,8 @@ optimizer, same number of optimizer steps; loading models and starting processes
 take turns, so that all of them meet the same machine; ratios are of medians.
 
 Part 2, curation through Ray Data with more and more shadows: seconds of a shadow while all workers are at it (the slope
-of finished units over time, without the first and last tenth), and the wall time with all starts.
+of finished units over time, without the first and last tenth), and the wall time with all starts. All shadows are of one
+task: rows of another are longer, and plans of other sizes would hold other shares of it.
 
     python benchmarks/curation.py                 # everything, 25 minutes on 2 cores
     python benchmarks/curation.py --part growth --shadows 50,100
@@ -240,7 +241,7 @@ def growth(say: Callable[[str], None], rounds: int, sizes: list[int], workers: l
         # To and fro, so that a machine that gets slower is no size's disadvantage.
         for n, size in list(seconds)[:: 1 if turn % 2 == 0 else -1]:
             with tempfile.TemporaryDirectory() as folder:
-                overrides = [f"curation.shadows={size}", f"curation.workers={n}"]
+                overrides = ["data.tasks=[gsm8k]", f"curation.shadows={size}", f"curation.workers={n}"]
                 study = Study.load(load_config("embedded", [*overrides, f"store={folder}/store", f"runs={folder}"]))
                 start = time.perf_counter()
                 run_fine_tunes(study, study.shadow_jobs("tinylm"), "growth")

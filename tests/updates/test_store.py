@@ -239,9 +239,11 @@ def test_a_unit_is_written_though_others_remove_its_empty_folder(tmp_path: Path)
 
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(remove_empty_folders)
-        for number in range(100):
-            store.write(f"unit{number}", torch.ones(2, 1, 4), META)
-        done.set()
+        try:
+            for number in range(100):
+                store.write(f"unit{number}", torch.ones(2, 1, 4), META)
+        finally:
+            done.set()
         running.result()
     assert len(store.keys()) == 100
 
