@@ -6,9 +6,9 @@ PEFT in one process: (a) the paper's recipe, batch 1 with 16 accumulation steps,
 optimizer, same number of optimizer steps; loading models and starting processes is not counted for anyone. The three
 take turns, so that all of them meet the same machine; ratios are of medians.
 
-Part 2, curation through Ray Data with more and more shadows: seconds of a shadow while all workers are at it (the slope
-of finished units over time, without the first and last tenth), and the wall time with all starts. All shadows are of one
-task: rows of another are longer, and plans of other sizes would hold other shares of it.
+Part 2, curation through Ray Data with more and more shadows: seconds of a shadow while all workers are at it (the
+slope of finished units over time, without the first and last tenth), and the wall time with all starts. All shadows are
+of one task: rows of another are longer, and plans of other sizes would hold other shares of it.
 
     python benchmarks/curation.py                 # everything, 25 minutes on 2 cores
     python benchmarks/curation.py --part growth --shadows 50,100
