@@ -6,15 +6,16 @@ PEFT in one process: (a) the paper's recipe, batch 1 with 16 accumulation steps,
 optimizer, same number of optimizer steps; loading models and starting processes is not counted for anyone. The three
 take turns, so that all of them meet the same machine; ratios are of medians.
 
-Part 2, curation through Ray Data with more and more shadows: seconds of a shadow while all workers are at it (the
-slope of finished units over time, without the first and last tenth), and the wall time with all starts. All shadows are
-of one task: rows of another are longer, and plans of other sizes would hold other shares of it.
+Part 2, curation through Ray Data with more and more shadows, all of one task: seconds of a shadow while all workers are
+at it; the same over what its fine-tune took its worker, which does not change with the machine's speed (by 25 % within
+a minute here) and shows all that scheduling and storing add; and the wall time with all starts.
 
     python benchmarks/curation.py                 # everything, 25 minutes on 2 cores
     python benchmarks/curation.py --part growth --shadows 50,100
 
 The last line of the output is JSON: `tinylm` and `llm`, each {"vs_trainer_batch1", "vs_trainer_batch16"}, and
-`growth_per_shadow`, the largest over the smallest seconds of a shadow.
+`growth_per_shadow`, the largest over the smallest time of a shadow in units of its fine-tune (`growth_seconds`: in
+seconds).
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ import typer
 from gt_ray.config import Config, load_config
 
 SAMPLES = 256
+GROUP = 5
+"""Adapters of the TinyLM that a worker trains together here (`adapters_at_once=auto`)."""
 
 
 def group_samples(config: Config, side: str, task: str) -> list[Any]:
@@ -227,8 +230,33 @@ def against_trainer(say: Callable[[str], None], cores: int, rounds: int, tasks: 
     return found
 
 
-def growth(say: Callable[[str], None], rounds: int, sizes: list[int], workers: list[int]) -> float:
-    """Part 2: largest over smallest seconds of a shadow (medians of the rounds), of the worst number of workers."""
+def steady(folder: Path, workers: int) -> tuple[float, float]:
+    """Seconds of a shadow while all workers are at it, and how much of their time that is beside fine-tuning.
+
+    A unit's file says how long its fine-tune took its worker, and when it ended; `GROUP` of them share that time.
+    """
+    from gt_ray.updates.store import UpdateStore
+
+    store = UpdateStore(folder)
+    spans = []
+    for key in sorted(store.contents()[0]):
+        end, took = (folder / key / "updates.safetensors").stat().st_mtime, store.header(key).meta.wall_s
+        spans.append((end - GROUP * took, end, took))
+    # The moments at which as many fine-tunes run as all workers have room for; starts and ends lie outside.
+    at_work = sorted([(start, 1) for start, _, _ in spans] + [(end, -1) for _, end, _ in spans])
+    running, full = 0, []
+    for moment, change in at_work:
+        running += change
+        if running > (workers - 1) * GROUP:
+            full.append(moment)
+    first, last = full[0], full[-1]
+    shares = [max(0.0, min(end, last) - max(start, first)) / (end - start) for start, end, _ in spans]
+    worked = sum(share * took for share, (_, _, took) in zip(shares, spans, strict=True))
+    return (last - first) / sum(shares), workers * (last - first) / worked
+
+
+def growth(say: Callable[[str], None], rounds: int, sizes: list[int], workers: list[int]) -> dict[str, float]:
+    """Part 2: largest over smallest figure of the sizes (medians of the rounds), of the worst number of workers."""
     import ray
 
     from gt_ray.cluster import connect
@@ -236,34 +264,30 @@ def growth(say: Callable[[str], None], rounds: int, sizes: list[int], workers: l
     from gt_ray.curation.study import Study
 
     connect()
-    seconds: dict[tuple[int, int], list[tuple[float, float]]] = {(n, size): [] for n in workers for size in sizes}
+    found: dict[tuple[int, int], list[tuple[float, float, float]]] = {(n, size): [] for n in workers for size in sizes}
     for turn in range(rounds):
         # To and fro, so that a machine that gets slower is no size's disadvantage.
-        for n, size in list(seconds)[:: 1 if turn % 2 == 0 else -1]:
+        for n, size in list(found)[:: 1 if turn % 2 == 0 else -1]:
             with tempfile.TemporaryDirectory() as folder:
                 overrides = ["data.tasks=[gsm8k]", f"curation.shadows={size}", f"curation.workers={n}"]
                 study = Study.load(load_config("embedded", [*overrides, f"store={folder}/store", f"runs={folder}"]))
                 start = time.perf_counter()
                 run_fine_tunes(study, study.shadow_jobs("tinylm"), "growth")
                 wall = time.perf_counter() - start
-                done = sorted(path.stat().st_mtime for path in Path(folder).glob("store/*/updates.safetensors"))
-            # Units come in groups, workers start and end at other times: the slope of what is done between.
-            tenth = len(done) // 10
-            middle = range(tenth, len(done) - tenth)
-            rate = statistics.linear_regression([done[i] for i in middle], middle).slope
-            seconds[n, size].append((1 / rate, wall / size))
+                found[n, size].append((*steady(Path(folder) / "store", n), wall / size))
     ray.shutdown()
-    worst = 1.0
+    worst = {"growth_per_shadow": 1.0, "growth_seconds": 1.0}
     for n in workers:
-        median = {size: statistics.median(once for once, _ in seconds[n, size]) for size in sizes}
-        for size in sizes:
-            every = ", ".join(f"{once:.3f}" for once, _ in seconds[n, size])
-            with_starts = statistics.median(wall for _, wall in seconds[n, size])
+        medians = {size: [statistics.median(figure) for figure in zip(*found[n, size], strict=True)] for size in sizes}
+        for size, (seconds, over, wall) in medians.items():
+            every = ", ".join(f"{once:.3f} / {factor:.3f}" for once, factor, _ in found[n, size])
             say(
-                f"{n} workers, {size} shadows: {median[size]:.3f} s a shadow ({every}); "
-                f"with all starts {with_starts:.3f}"
+                f"{n} workers, {size} shadows: {seconds:.3f} s a shadow, {over:.3f} of its fine-tune ({every}); "
+                f"with all starts {wall:.3f} s"
             )
-        worst = max(worst, max(median.values()) / min(median.values()))
+        for key, place in (("growth_seconds", 0), ("growth_per_shadow", 1)):
+            figures = [figure[place] for figure in medians.values()]
+            worst[key] = max(worst[key], round(max(figures) / min(figures), 3))
     return worst
 
 
@@ -281,7 +305,7 @@ def main(
         found |= against_trainer(typer.echo, cores, rounds, tasks.split(","))
     if part in ("growth", "all"):
         sizes, counts = ([int(n) for n in text.split(",")] for text in (shadows, workers))
-        found["growth_per_shadow"] = round(growth(typer.echo, rounds, sizes, counts), 3)
+        found |= growth(typer.echo, rounds, sizes, counts)
     typer.echo(json.dumps(found))
 
 

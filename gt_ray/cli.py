@@ -81,12 +81,50 @@ def generate(
         generate_stage(prepare(config))
 
 
-@app.command(epilog="Example: `gt-ray evaluate --preset embedded evaluation.test_rows=100`")
-def evaluate(preset: Preset = "embedded", overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Score P_S, P_T, base models, ours and the controls; write `report.json` and `report.html`."""
-    from gt_ray.studies.pipeline import evaluate_stage, prepare
+@app.command(epilog="Example: `gt-ray evaluate adapters/* --task drop`, or `gt-ray evaluate --preset embedded`")
+def evaluate(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ADAPTER or key=value]...", help="Adapter folders (with --task), and config overrides."
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", "-p", help="Preset, or a YAML file; adapters need none.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Task that adapters are scored on.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model: Hub id or folder; otherwise what the adapters name.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Test rows, a JSON object a line; otherwise the preset's, or the Hub's.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of adapters' results, a Parquet file each.")] = Path("scores"),
+    watch: Annotated[
+        str | None, typer.Option(help="Score adapters as they appear in this folder, `s3://...` or `gs://...`.")
+    ] = None,
+    every: Annotated[float, typer.Option(help="Seconds between two looks of --watch.", min=0.1)] = 5.0,
+    stop_after: Annotated[
+        float | None, typer.Option(help="End --watch after so many seconds without a new adapter.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Score a study (P_S, P_T, base models, ours, controls), or any folders of PEFT adapters on one task.
 
-    _print(evaluate_stage(prepare(_config(preset, overrides, quiet))))
+    Of a study it writes `report.json` and `report.html`, of adapters a table, sorted by score. Rerun to resume.
+    """
+    overrides = [text for text in arguments or [] if "=" in text and not Path(text).is_dir()]
+    folders = [Path(text) for text in arguments or [] if text not in overrides]
+    if folders or watch or task:
+        from gt_ray.studies.adapters import score_adapters
+
+        progress.quiet(quiet)
+        shown = score_adapters(folders, preset, overrides, task, model, data, out, watch, every, stop_after)
+        Console().print(shown)
+    else:
+        from gt_ray.studies.pipeline import evaluate_stage, prepare
+
+        _print(evaluate_stage(prepare(_config(preset or "embedded", overrides, quiet))))
 
 
 @app.command(epilog="Example: `gt-ray pipeline --preset embedded seed=1`")

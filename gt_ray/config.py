@@ -188,15 +188,45 @@ class ClientSettings(Section):
     seed: int = 0
 
 
+class VllmSettings(Section):
+    """One vLLM engine."""
+
+    max_loras: int = Field(8, ge=1, description="adapters that share a batch; their slots lie on the GPU")
+    max_lora_rank: int = Field(64, ge=1, le=512, description="adapters of a larger rank are refused")
+    max_num_seqs: int = Field(256, ge=1, description="sequences of a batch")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that one engine is spread over")
+    gpu_memory: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory that an engine takes")
+    cpu_cache_gb: int = Field(1, ge=1, description="key-value cache of an engine without a GPU, in GiB")
+
+
 class EvaluationSettings(Section):
     """What is scored and how."""
 
+    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="auto: vLLM where it is installed")
     test_rows: int | None = Field(None, ge=1, description="test rows of a client; none: all it has")
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, description="test rows of a batch (engine=transformers)")
     max_new_tokens: int = Field(512, ge=1)
+    max_model_len: int = Field(4096, ge=8, description="window in tokens, where the model's own is not smaller")
     controls: bool = Field(True, description="score the controls of DESIGN.md section 6")
-    workers: int = Field(1, ge=1)
-    num_gpus: float = Field(0, ge=0, description="GPUs of one scoring worker")
+    workers: int = Field(1, ge=1, description="engines of a model")
+    num_gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="GPUs of one engine; auto: one, or vllm.tensor_parallel, where the cluster has GPUs"
+    )
+    log_likelihood: bool = Field(True, description="log-likelihoods of the references too: a forward pass more a row")
+    vllm: VllmSettings = VllmSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationSettings:
+        if self.max_new_tokens >= self.max_model_len:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt within "
+                f"max_model_len={self.max_model_len}"
+            )
+        if self.vllm.tensor_parallel > 1 and self.num_gpus not in ("auto", self.vllm.tensor_parallel):
+            raise ValueError(
+                f"vllm.tensor_parallel={self.vllm.tensor_parallel} needs num_gpus=auto, not {self.num_gpus}"
+            )
+        return self
 
 
 class Config(Section):
@@ -268,6 +298,20 @@ def load_config(preset: str, overrides: list[str] | tuple[str, ...] = ()) -> Con
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of sections, not {type(tree).__name__}")
     tree.setdefault("preset", path.stem)
+    return _overridden(tree, overrides, path)
+
+
+def config_of_model(model: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The defaults of everything, around one model: what there is to score its adapters with.
+
+    Raises:
+        UserError: unknown key or value.
+    """
+    tree: dict[str, Any] = {"preset": "custom", "pair": {side: {"model": model} for side in ("tinylm", "llm")}}
+    return _overridden(tree, overrides, Path("overrides"))
+
+
+def _overridden(tree: dict[str, Any], overrides: list[str] | tuple[str, ...], path: Path) -> Config:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -55,6 +57,27 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a TinyLM (1 layer, width 32) and an LLM (2 layers, width 64) of random weights."""
     folder = tmp_path_factory.mktemp("pair")
     return make_model_folder(folder / "tinylm", 32, 1), make_model_folder(folder / "llm", 64, 2, seed=1)
+
+
+def make_adapter(folder: Path, rank: int = 2, base: str = str(EMBEDDED / "llm"), seed: int = 0) -> Path:
+    """An adapter as PEFT itself saves it, of the embedded LLM."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(EMBEDDED / "llm", dtype=torch.float32), config)
+    model.save_pretrained(folder)
+    change_adapter(folder, base_model_name_or_path=base)
+    return folder
+
+
+def change_adapter(folder: Path, **values: Any) -> None:
+    """Change an adapter's config."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 TINY_OVERRIDES = [

@@ -93,7 +93,12 @@ def _stream(study: Study, jobs: Sequence[FineTuneJob], keys: set[str]) -> Iterat
                 fn_constructor_args=({**shared, "num_gpus": num_gpus, "actors": largest},),
                 batch_size=None,
                 **({"num_gpus": num_gpus} if num_gpus else {"num_cpus": 1}),
-                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=largest, initial_size=min(start, largest)),
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=1,
+                    max_size=largest,
+                    initial_size=min(start, largest),
+                    max_tasks_in_flight_per_actor=1,  # else the first actor that is up takes the others' blocks too
+                ),
             )
         )
     plan = pools[0].union(*pools[1:]) if len(pools) > 1 else pools[0]
@@ -112,7 +117,9 @@ def _blocks(jobs: Sequence[FineTuneJob], at_once: int | Literal["auto"], actors:
         by_kind.setdefault((SIDES.index(job.side), tuple(job.snapshot_steps), job.task), []).append(job)
     blocks = []
     for members in by_kind.values():
-        size = min(BLOCK, -(-len(members) // actors)) if at_once == "auto" else at_once
+        # As many blocks for each actor, of even sizes.
+        each = -(-len(members) // (actors * BLOCK))
+        size = -(-len(members) // (actors * each)) if at_once == "auto" else at_once
         blocks += [members[i : i + size] for i in range(0, len(members), size)]
     random.shuffle(blocks)
     return sorted(blocks, key=lambda block: -SIDES.index(block[0].side))

@@ -1,25 +1,27 @@
-"""Scoring many systems on many clients with Ray Data; every (system, client) is a file, so rerunning resumes."""
+"""Scoring the systems of a study on its clients; every (system, client) is a file, so rerunning resumes."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from gt_ray.cluster import connect
-from gt_ray.curation.jobs import Side, model_settings
+from gt_ray.config import EvaluationSettings
+from gt_ray.curation.jobs import SIDES, model_settings
 from gt_ray.curation.study import Study
-from gt_ray.evaluation.scorer import RowScores, System, TransformersScorer
+from gt_ray.errors import UserError
+from gt_ray.evaluation.pool import EngineKind, EnginePool, Item
+from gt_ray.evaluation.results import RowScore, read_scores, write_scores
+from gt_ray.evaluation.scorer import System
 from gt_ray.progress import bar, say
 from gt_ray.tasks import TASKS
 from gt_ray.tasks.data import Client, fingerprint
-from gt_ray.updates.files import write_atomically
 from gt_ray.updates.store import unit_key
 
-SCORER_VERSION = 1
+SCORER_VERSION = 2
 """Raise it when scores of the same outputs change: answer extraction, metric, decoding."""
 
 
@@ -29,104 +31,83 @@ class ClientScores:
 
     client: Client
     system: System
-    rows: RowScores
+    rows: list[RowScore]
 
 
-class ScoreActor:
-    """Ray Data actor: scores one (system, client) a block, keeping one base model loaded."""
+def engine_of(settings: EvaluationSettings) -> Literal["vllm", "transformers"]:
+    """The engine that scores.
 
-    def __init__(self, shared: dict[str, Any], out: Path) -> None:
-        import ray
-        import torch
+    Raises:
+        UserError: vLLM is asked for and not installed.
+    """
+    installed = importlib.util.find_spec("vllm") is not None
+    if settings.engine == "vllm" and not installed:
+        raise UserError("evaluation.engine=vllm, but vLLM is not installed; run: make setup, or pip install vllm")
+    return "vllm" if installed and settings.engine != "transformers" else "transformers"
 
-        torch.set_num_threads(1)
-        study: Study = ray.get(shared["study"])
-        self.config, self.roots, self.data, self.out = study.config, study.roots, study.data, out
-        self.systems: list[System] = ray.get(shared["systems"])
-        self.device = "cuda" if ray.get_gpu_ids() else "cpu"
-        self.loaded: tuple[Side, TransformersScorer] | None = None
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Score, and write `<key>.json`."""
-        for key, number, client_number in zip(batch["key"], batch["system"], batch["client"], strict=True):
-            system, client = self.systems[number], self.data.clients[client_number]
-            if self.loaded is None or self.loaded[0] != system.side:
-                self.loaded = None
-                settings = self.config.evaluation
-                scorer = TransformersScorer(
-                    model_settings(self.config, system.side),
-                    self.roots[system.side],
-                    settings.batch_size,
-                    settings.max_new_tokens,
-                    self.device,
-                )
-                self.loaded = (system.side, scorer)
-            rows = self.data.rows(client.task, "test", client.test)
-            scores = self.loaded[1].score(system.update_Ld, TASKS[client.task], rows)
-            write_atomically(self.out / f"{key}.json", json.dumps(scores.as_dict()).encode())
-        return {"key": batch["key"]}
+def item_key(settings: EvaluationSettings, engine: str, item: Mapping[str, Any], task: str, rows: Sequence[Any]) -> str:
+    """Key of one system's results: the system (`item`), the test rows, and how they are scored."""
+    scoring = settings.model_dump(include={"max_new_tokens", "max_model_len", "log_likelihood"})
+    return unit_key({**item, **scoring, "test": fingerprint(task, rows), "engine": engine, "scorer": SCORER_VERSION})
 
 
 def score(study: Study, work: Sequence[tuple[System, Client]]) -> list[ClientScores]:
     """Scores of systems on their clients' test rows, in the order of `work`."""
     out = study.config.run_folder / "scores"
-    keys = [_key(study, system, client) for system, client in work]
-    missing = {
-        key: i for i, key in enumerate(keys) if _read(out / f"{key}.json") is None
-    }  # equal systems (two controls that agree) share a file
-    if missing:
-        _run(study, work, missing, out)
-    else:
+    items = [_item(study, system, client) for system, client in work]
+    found = {item.key: read_scores(out / f"{item.key}.parquet") for item in items}
+    # Equal systems (two controls that agree) share a file.
+    missing = {item.key: item for item in items if found[item.key] is None}
+    if not missing:
         say(f"evaluate: nothing to do, all {len(work)} scores are in {out}")
+    else:
+        engine, settings = engine_of(study.config.evaluation), study.config.evaluation
+        say(f"evaluate: {len(missing)} of {len(work)} (system, client) pairs to score, by {engine}")
+        with bar("evaluate", len(missing)) as progress:
+            for side in reversed(SIDES):  # one model after the other, the large one first
+                mine = [item for item in missing.values() if item.system.side == side]
+                if mine:
+                    root, model = study.roots[side], model_settings(study.config, side)
+                    kind = EngineKind(model, root, settings, engine, root.lora.rank, root.lora.target_modules)
+                    with EnginePool(kind, min(settings.workers, len(mine))) as pool:
+                        for item, scored in keep(pool, mine, out):
+                            found[item.key] = scored
+                            progress.advance()
     results = []
-    for (system, client), key in zip(work, keys, strict=True):
-        rows = _read(out / f"{key}.json")
-        assert rows is not None, key
+    for (system, client), item in zip(work, items, strict=True):
+        rows = found[item.key]
+        assert rows is not None, item.key
         results.append(ClientScores(client, system, rows))
+    report_too_long([row for result in results for row in result.rows])
     return results
 
 
-def _run(study: Study, work: Sequence[tuple[System, Client]], missing: dict[str, int], out: Path) -> None:
-    say(f"evaluate: {len(missing)} of {len(work)} (system, client) pairs to score")
-    ray = connect()
-    systems = [system for system, _ in work]
-    positions = {client.name: i for i, client in enumerate(study.data.clients)}
-    items: list[dict[str, Any]] = [
-        {"key": key, "system": i, "client": positions[work[i][1].name]} for key, i in missing.items()
-    ]
-    # One model after the other, and the large one first, so that actors load each once and end together.
-    items.sort(key=lambda item: systems[item["system"]].side)
-    settings = study.config.evaluation
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        ScoreActor,
-        fn_constructor_args=({"study": ray.put(study), "systems": ray.put(systems)}, out.resolve()),
-        batch_size=1,
-        num_gpus=settings.num_gpus or None,
-        num_cpus=1,
-        compute=ray.data.ActorPoolStrategy(size=min(settings.workers, len(items))),
-    )
-    with bar("evaluate", len(items)) as progress:
-        for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-            progress.advance(len(batch["key"]))
+def keep(pool: EnginePool, items: Sequence[Item], out: Path) -> Iterator[tuple[Item, list[RowScore]]]:
+    """Score items and write `<key>.parquet` as each is done."""
+    for item, rows in pool.score(items):
+        task = TASKS[item.task]
+        constant = {"adapter": item.system.name, "task": item.task, "engine": pool.kind.engine}
+        write_scores(out / f"{item.key}.parquet", [task.prompt(row) for row in item.rows], rows, **constant)
+        yield item, rows
 
 
-def _key(study: Study, system: System, client: Client) -> str:
+def report_too_long(rows: Sequence[RowScore]) -> None:
+    """Say how many prompts did not fit into the model's window."""
+    if too_long := sum(row.finish == "too long" for row in rows):
+        say(
+            f"evaluate: {too_long} of {len(rows)} prompts are longer than the model's window and count as wrong; "
+            "raise evaluation.max_model_len if the model's own window is larger"
+        )
+
+
+def _item(study: Study, system: System, client: Client) -> Item:
+    rows = study.data.rows(client.task, "test", client.test)
     update = b"" if system.update_Ld is None else system.update_Ld.contiguous().numpy().tobytes()
+    made_of = {
+        "root": study.roots[system.side].hash,
+        "dtype": model_settings(study.config, system.side).dtype,
+        "update": hashlib.sha256(update).hexdigest(),
+    }
     settings = study.config.evaluation
-    return unit_key(
-        {
-            "root": study.roots[system.side].hash,
-            "dtype": model_settings(study.config, system.side).dtype,
-            "update": hashlib.sha256(update).hexdigest(),
-            "test": fingerprint(client.task, study.data.rows(client.task, "test", client.test)),
-            "max_new_tokens": settings.max_new_tokens,
-            "scorer": SCORER_VERSION,
-        }
-    )
-
-
-def _read(path: Path) -> RowScores | None:
-    try:
-        return RowScores(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
+    return Item(item_key(settings, engine_of(settings), made_of, client.task, rows), system, client.task, rows)

@@ -2,109 +2,224 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+import json
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gt_ray.config import ModelSettings
+from gt_ray.config import EvaluationSettings, ModelSettings
 from gt_ray.curation.jobs import Side
+from gt_ray.evaluation.results import Finish, RowScore
 from gt_ray.learning.losses import TargetLosses
-from gt_ray.learning.samples import encode, prompt_texts
+from gt_ray.learning.samples import Sample, encode
 from gt_ray.learning.stacked import stacked
-from gt_ray.pairs.models import load_model, load_tokenizer
+from gt_ray.pairs.models import load_model, load_tokenizer, resolve
 from gt_ray.pairs.root import Root
-from gt_ray.tasks import Row, Task
+from gt_ray.tasks import TASKS, Row
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+CACHED_ROWS = 2**16
 
 
 @dataclass(frozen=True)
 class System:
-    """A base model of the pair plus nothing or an update.
+    """A base model plus nothing, an update or an adapter.
 
     Attributes:
-        name: as in DESIGN.md section 6: `P_S`, `base_T`, `ours`, `ridge` ...
-        update_Ld: difference from the side's root; none for the base model.
+        name: as in DESIGN.md section 6: `P_S`, `base_T`, `ours`, `ridge` ...; of an adapter folder its name.
+        update_Ld: difference from the side's root.
+        folder: a PEFT adapter of any origin, instead of an update.
     """
 
     name: str
-    side: Side
+    side: Side = "llm"
     update_Ld: Tensor | None = None
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
-class RowScores:
-    """Per test row: output, score in percent, log-likelihood of the target (sum over its tokens)."""
+class Work:
+    """Some test rows that one system is to be scored on.
 
-    outputs: list[str]
-    scores: list[float]
-    log_likelihoods: list[float]
+    Attributes:
+        key: of the system and all its test rows.
+        rows: by their number.
+    """
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+    key: str
+    system: System
+    task: str
+    rows: Mapping[int, Row]
 
 
-class Scorer(Protocol):
-    """What every engine offers."""
+class Scored(NamedTuple):
+    """One test row of a `Work` that is done."""
 
-    def score(self, update_Ld: Tensor | None, task: Task, rows: Sequence[Row]) -> RowScores:
+    key: str
+    number: int
+    score: RowScore
+
+
+class Scorer(ABC):
+    """Scores what is added to it, in steps; rows come back as they are done, in any order."""
+
+    name: str
+
+    def __init__(self, model: ModelSettings, settings: EvaluationSettings) -> None:
+        self.settings = settings
+        self.tokenizer = load_tokenizer(model.model)
+        self.encode = lru_cache(CACHED_ROWS)(self._encode)
+
+    @abstractmethod
+    def add(self, work: Work) -> None:
+        """Take rows on."""
+
+    @abstractmethod
+    def step(self) -> list[Scored]:
+        """Compute for a while."""
+
+    @property
+    @abstractmethod
+    def unfinished(self) -> int:
+        """Rows that were added and have not come back."""
+
+    def score(self, system: System, task: str, rows: Sequence[Row]) -> list[RowScore]:
         """Score one system on test rows, in their order."""
+        self.add(Work(system.name, system, task, dict(enumerate(rows))))
+        done: dict[int, RowScore] = {}
+        while self.unfinished:
+            done |= {number: score for _, number, score in self.step()}
+        return [done[number] for number in range(len(rows))]
+
+    def samples(self, work: Work) -> dict[int, Sample]:
+        """Prompt and reference of every row as tokens; systems share rows, so they are kept."""
+        return {number: self.encode(work.task, json.dumps(row)) for number, row in work.rows.items()}
+
+    def _encode(self, task: str, row: str) -> Sample:
+        return encode(self.tokenizer, TASKS[task], [json.loads(row)])[0]
 
 
-class TransformersScorer:
-    """Greedy decoding in batches by transformers, one adapter at a time."""
+def window(settings: EvaluationSettings, config: PretrainedConfig) -> int:
+    """Tokens that prompt and answer may have together: what is asked for, or the model's own window."""
+    own: int = config.get_text_config().max_position_embeddings
+    return min(settings.max_model_len, own)
+
+
+def end_tokens(model: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end an answer: those of the model's generation config, or else the tokenizer's."""
+    from transformers import GenerationConfig
+
+    try:
+        ends = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        ends = None
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return set(ends if isinstance(ends, list) else [ends])
+
+
+class TransformersScorer(Scorer):
+    """Greedy decoding in batches by transformers, one adapter at a time.
+
+    Args:
+        root: of the updates to score; adapter folders need none.
+    """
+
+    name = "transformers"
 
     def __init__(
-        self, settings: ModelSettings, root: Root, batch_size: int, max_new_tokens: int, device: str = "cpu"
+        self, model: ModelSettings, root: Root | None, settings: EvaluationSettings, device: str = "cpu"
     ) -> None:
         from transformers import GenerationConfig
 
-        self.root, self.batch_size, self.max_new_tokens, self.device = (
-            root,
-            batch_size,
-            max_new_tokens,
-            device,
-        )
-        self.max_length = settings.fine_tune.max_length
-        self.model: Any = load_model(settings, device)
+        super().__init__(model, settings)
+        self.root, self.device = root, device
+        self.model: Any = load_model(model, device)
+        self.window = window(settings, self.model.config)
         self.losses = TargetLosses(self.model, root, exchange=False)  # `generate` needs the model as it is
-        self.tokenizer = load_tokenizer(settings.model)
         self.tokenizer.padding_side = "left"
+        self.ends = end_tokens(resolve(model.model), self.tokenizer)
         # A model's own file may ask for sampling or a repetition penalty; greedy decoding is the same everywhere.
         self.model.generation_config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.model.generation_config.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
+            do_sample=False, eos_token_id=sorted(self.ends), pad_token_id=self.tokenizer.pad_token_id
         )
+        self._waiting: deque[Work] = deque()
+
+    def add(self, work: Work) -> None:
+        self._waiting.append(work)
+
+    @property
+    def unfinished(self) -> int:
+        return sum(len(work.rows) for work in self._waiting)
 
     @torch.no_grad()
-    def score(self, update_Ld: Tensor | None, task: Task, rows: Sequence[Row]) -> RowScores:
-        """Score one system (the base model where there is no update) on test rows, in their order."""
-        outputs: list[str] = [""] * len(rows)
-        log_likelihoods = [0.0] * len(rows)
-        samples = encode(self.tokenizer, task, rows, self.max_length, where=f"{task.name} test")
-        prompts = prompt_texts(self.tokenizer, task, rows)
-        by_length = sorted(range(len(rows)), key=lambda n: len(samples[n]))
-        with stacked(self.model, self.root, G=1) as parameters:
-            if update_Ld is not None:
-                for name, delta in self.root.layout.to_tensors(update_Ld).items():
+    def step(self) -> list[Scored]:
+        """All rows of one `Work`."""
+        work = self._waiting.popleft()
+        samples = self.samples(work)
+        by_length = sorted(work.rows, key=lambda n: len(samples[n]))
+        done = []
+        with self._wearing(work.system):
+            for start in range(0, len(by_length), self.settings.batch_size):
+                chunk = by_length[start : start + self.settings.batch_size]
+                fits = [n for n in chunk if len(samples[n].prompt) < self.window]
+                generated = self._generate({n: samples[n].prompt for n in fits})
+                due = [n for n in chunk if self.settings.log_likelihood and len(samples[n]) < self.window]
+                likelihoods = self._log_likelihoods({n: samples[n] for n in due})
+                for n in chunk:
+                    output, tokens, finish = generated.get(n, ("", 0, "too long"))
+                    row = RowScore.of(TASKS[work.task], work.rows[n], output, likelihoods.get(n), tokens, finish)
+                    done.append(Scored(work.key, n, row))
+        return done
+
+    def _generate(self, prompts: dict[int, list[int]]) -> dict[int, tuple[str, int, Finish]]:
+        """Output, its number of tokens, and why it ended."""
+        if not prompts:
+            return {}
+        longest, most = max(map(len, prompts.values())), self.settings.max_new_tokens
+        if longest + most > self.window and len(prompts) > 1:  # each has another number of tokens left
+            return {n: found for n in prompts for found in self._generate({n: prompts[n]}).values()}
+        encoded = self.tokenizer.pad({"input_ids": list(prompts.values())}, return_tensors="pt").to(self.device)
+        generated_RT = self.model.generate(**encoded, max_new_tokens=min(most, self.window - longest))
+        found: dict[int, tuple[str, int, Finish]] = {}
+        for n, ids in zip(prompts, generated_RT[:, longest:].tolist(), strict=True):
+            end = next((i + 1 for i, token in enumerate(ids) if token in self.ends), None)
+            text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
+            found[n] = (text, end or len(ids), "stop" if end else "length")
+        return found
+
+    def _log_likelihoods(self, samples: dict[int, Sample]) -> dict[int, float]:
+        if not samples:
+            return {}
+        batch = self.losses.batch([[sample] for sample in samples.values()])
+        sums, _ = self.losses.by_adapter(batch, len(samples))  # a sample each, as if it had its own adapter
+        return dict(zip(samples, (-sums).tolist(), strict=True))
+
+    @contextmanager
+    def _wearing(self, system: System) -> Iterator[None]:
+        """The base model with the system's adapter."""
+        if system.folder is not None:
+            from peft import PeftModel
+
+            worn = PeftModel.from_pretrained(self.model, str(system.folder))
+            try:
+                yield
+            finally:
+                worn.unload()
+        elif system.update_Ld is not None:
+            assert self.root is not None
+            with stacked(self.model, self.root, G=1) as parameters:
+                for name, delta in self.root.layout.to_tensors(system.update_Ld).items():
                     parameters[name].add_(delta.to(self.device))
-            for start in range(0, len(rows), self.batch_size):
-                chunk = by_length[start : start + self.batch_size]
-                encoded = self.tokenizer(
-                    [prompts[n] for n in chunk], return_tensors="pt", padding=True, add_special_tokens=False
-                ).to(self.device)
-                generated = self.model.generate(
-                    input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]
-                )
-                new = generated[:, encoded["input_ids"].shape[1] :]
-                texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-                batch = self.losses.batch([[samples[n]] for n in chunk])
-                sums, _ = self.losses.by_adapter(batch, len(chunk))  # a sample each, as if it had its own adapter
-                for n, text, loss in zip(chunk, texts, sums.tolist(), strict=True):
-                    outputs[n], log_likelihoods[n] = text, -loss
-        scores = [task.score(output, row) for output, row in zip(outputs, rows, strict=True)]
-        return RowScores(outputs, scores, log_likelihoods)
+                yield
+        else:
+            yield

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gt_ray.evaluation.results import RowScore
 from gt_ray.evaluation.run import ClientScores
 from gt_ray.tasks import TASKS
 
@@ -19,24 +20,41 @@ def report_rows(results: Sequence[ClientScores], seed: int) -> list[dict[str, An
     """One row per (client, system): mean score, its standard error, mean log-likelihood of the references."""
     rows = []
     for result in results:
-        scores = np.asarray(result.rows.scores)
-        rows.append(
-            {
-                "task": result.client.task,
-                "population": "seen",
-                "client": result.client.name,
-                "domain": result.client.domain,
-                "mechanism": "sft",
-                "seed": seed,
-                "system": result.system.name,
-                "metric": TASKS[result.client.task].metric,
-                "score": float(scores.mean()),
-                "se": _se(scores),
-                "log_likelihood": float(np.mean(result.rows.log_likelihoods)),
-                "n_test": len(scores),
-            }
-        )
+        scores = _scores(result)
+        row: dict[str, Any] = {
+            "task": result.client.task,
+            "population": "seen",
+            "client": result.client.name,
+            "domain": result.client.domain,
+            "mechanism": "sft",
+            "seed": seed,
+            "system": result.system.name,
+            "metric": TASKS[result.client.task].metric,
+            "score": float(scores.mean()),
+            "se": standard_error(scores),
+            "n_test": len(scores),
+        }
+        if (log_likelihood := mean_log_likelihood(result.rows)) is not None:
+            row["log_likelihood"] = log_likelihood
+        if too_long := sum(one.finish == "too long" for one in result.rows):
+            row["too_long"] = too_long
+        rows.append(row)
     return rows
+
+
+def mean_log_likelihood(rows: Sequence[RowScore]) -> float | None:
+    """Mean log-likelihood of the references that fit into the model's window; none where none does."""
+    found = [row.log_likelihood for row in rows if row.log_likelihood is not None]
+    return float(np.mean(found)) if found else None
+
+
+def standard_error(values: Any) -> float:
+    """Standard error of the mean of values [n]."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def _scores(result: ClientScores) -> Any:
+    return np.asarray([row.score for row in result.rows])
 
 
 def summarise(results: Sequence[ClientScores]) -> dict[str, Any]:
@@ -78,14 +96,17 @@ def _mean(values: Iterable[float | None]) -> float:
 
 def _entry(by_system: dict[str, dict[str, ClientScores]]) -> dict[str, Any]:
     means = {
-        name: float(np.mean([np.mean(r.rows.scores) for r in clients.values()])) for name, clients in by_system.items()
+        name: float(np.mean([_scores(result).mean() for result in clients.values()]))
+        for name, clients in by_system.items()
     }
     entry: dict[str, Any] = {name: means[name] for name in MAIN if name in means}
     entry["controls"] = {name: value for name, value in means.items() if name not in MAIN}
     entry["baselines"] = {}
+    likelihoods = {
+        name: [mean_log_likelihood(result.rows) for result in clients.values()] for name, clients in by_system.items()
+    }
     entry["log_likelihood"] = {
-        name: float(np.mean([np.mean(r.rows.log_likelihoods) for r in clients.values()]))
-        for name, clients in by_system.items()
+        name: _mean(found) for name, found in likelihoods.items() if any(one is not None for one in found)
     }
     if "ours" not in by_system:
         return entry
@@ -100,8 +121,8 @@ def _entry(by_system: dict[str, dict[str, ClientScores]]) -> dict[str, Any]:
         if gain > 2 * gain_se:
             entry["gain_recovered"] = 100 * (means["ours"] - means["base_T"]) / (means["P_T"] - means["base_T"])
         log_likelihood = entry["log_likelihood"]
-        gain_ll = log_likelihood["P_T"] - log_likelihood["base_T"]
-        if gain_ll > 0:
+        known = {"ours", "P_T", "base_T"} <= log_likelihood.keys()
+        if known and (gain_ll := log_likelihood["P_T"] - log_likelihood["base_T"]) > 0:
             entry["gain_recovered_log_likelihood"] = 100 * (log_likelihood["ours"] - log_likelihood["base_T"]) / gain_ll
     entry["ours_minus"] = {
         name: _interval(by_system["ours"], clients) for name, clients in by_system.items() if name != "ours"
@@ -113,7 +134,7 @@ def _paired(better: dict[str, ClientScores], worse: dict[str, ClientScores]) -> 
     """Mean difference over clients, and its standard error from paired test rows."""
     differences = _differences(better, worse)
     mean = float(np.mean([d.mean() for d in differences]))
-    return mean, math.sqrt(sum(_se(d) ** 2 for d in differences)) / len(differences)
+    return mean, math.sqrt(sum(standard_error(d) ** 2 for d in differences)) / len(differences)
 
 
 def _interval(ours: dict[str, ClientScores], other: dict[str, ClientScores]) -> dict[str, float]:
@@ -122,7 +143,7 @@ def _interval(ours: dict[str, ClientScores], other: dict[str, ClientScores]) -> 
     rng = np.random.default_rng(0)
     n = len(differences)
     means = np.asarray([d.mean() for d in differences])
-    ses = np.asarray([_se(d) for d in differences])
+    ses = np.asarray([standard_error(d) for d in differences])
     # A client's resampled mean is close to normal at hundreds of rows; drawing it directly saves the inner loop.
     picks = rng.integers(0, n, (RESAMPLES, n))
     draws = (means[picks] + ses[picks] * rng.standard_normal((RESAMPLES, n))).mean(1)
@@ -131,10 +152,4 @@ def _interval(ours: dict[str, ClientScores], other: dict[str, ClientScores]) -> 
 
 
 def _differences(first: dict[str, ClientScores], second: dict[str, ClientScores]) -> list[Any]:
-    return [
-        np.asarray(first[name].rows.scores) - np.asarray(second[name].rows.scores) for name in first if name in second
-    ]
-
-
-def _se(values: Any) -> float:
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+    return [_scores(first[name]) - _scores(second[name]) for name in first if name in second]

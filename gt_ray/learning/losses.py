@@ -42,6 +42,7 @@ class TargetLosses:
     """The target losses of batches of one model.
 
     Args:
+        root: of the adapters that are trained; without one no short cut is tried.
         exchange: whether modules and attention may be exchanged; then losses are computed inside `short_cuts()`.
 
     Attributes:
@@ -51,14 +52,15 @@ class TargetLosses:
         plain_end: whether the last layer can be cut short as last_layer.py does.
     """
 
-    def __init__(self, model: PreTrainedModel, root: Root, exchange: bool = True) -> None:
-        self.model, self.adapted = model, root.modules
+    def __init__(self, model: PreTrainedModel, root: Root | None, exchange: bool = True) -> None:
+        self.model, self.adapted = model, root.modules if root else []
         self.pad = model.config.pad_token_id or 0
         self.device = next(model.parameters()).device
         self.packs = self.plain_head = self.plain_norms = self.plain_end = False
         self._due_n = torch.empty(0, dtype=torch.long)
-        with torch.no_grad():
-            self._try_short_cuts(root, exchange)
+        if root:
+            with torch.no_grad():
+                self._try_short_cuts(root, exchange)
 
     @contextmanager
     def short_cuts(self) -> Iterator[None]:

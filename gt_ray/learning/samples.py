@@ -32,7 +32,11 @@ def prompt_texts(tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row], max_length: int, where: str = ""
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    max_length: int | None = None,
+    where: str = "",
 ) -> list[Sample]:
     """Token ids of prompts and targets; a target ends with the token that ends the assistant's turn.
 
@@ -55,7 +59,7 @@ def encode(
     target_ids = tokenizer(targets, add_special_tokens=False)["input_ids"]
     samples = [Sample(p, t) for p, t in zip(prompt_ids, target_ids, strict=True)]
     for number, sample in enumerate(samples):
-        if len(sample) > max_length:
+        if max_length is not None and len(sample) > max_length:
             raise UserError(
                 f"{where or task.name} row {number} has {len(sample)} tokens, more than max_length {max_length}; "
                 "raise fine_tune.max_length or drop the row"

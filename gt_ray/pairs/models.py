@@ -44,6 +44,11 @@ def resolve(model: str) -> Path:
     return folder
 
 
+def same_model(name: str, other: str) -> bool:
+    """Whether two names are of one model: equal, or of one folder."""
+    return name == other or (Path(name).is_dir() and Path(other).is_dir() and Path(name).samefile(other))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers loads from a model folder: a single one, or the shards of an index.
 

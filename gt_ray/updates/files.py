@@ -67,7 +67,7 @@ def read_update(path: Path, root: Root) -> tuple[Tensor, UpdateInfo]:
     Raises:
         UserError: no update file, damaged, of another root, with other tensors, or with values that are not finite.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is not an update file ({FORMAT}); an adapter is not an update")
     if metadata.get("root") != root.hash:
@@ -131,13 +131,8 @@ def read_adapter(folder: Path, root: Root) -> Tensor:
         UserError: no adapter, or one of another root, rank, alpha, target modules or base model.
     """
     config_file = folder / ADAPTER_CONFIG
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"an object is expected, not {type(config).__name__}")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no PEFT adapter: {config_file.name}: {error}") from error
-    tensors, metadata = _read(folder / ADAPTER_WEIGHTS)
+    config = read_adapter_config(folder)
+    tensors, metadata = read_tensors(folder / ADAPTER_WEIGHTS)
     short = root.hash[:8]
     if "root" in metadata and metadata["root"] != root.hash:
         raise UserError(f"{folder} is an adapter of root {metadata['root']}, not of {root.hash} ({root.base_model})")
@@ -163,6 +158,21 @@ def read_adapter(folder: Path, root: Root) -> Tensor:
     update_Ld = _one_update(named, root, folder) - root.layout.to_array(root.initial)
     _check_finite(update_Ld, str(folder))
     return update_Ld
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The config of a PEFT adapter.
+
+    Raises:
+        UserError: there is none, or it is not JSON.
+    """
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"an object is expected, not {type(config).__name__}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no PEFT adapter: {ADAPTER_CONFIG}: {error}") from error
+    return config
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -196,7 +206,12 @@ def _one_update(tensors: dict[str, Tensor], root: Root, where: Path) -> Tensor:
     return update_Ld
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        UserError: it is damaged or none.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

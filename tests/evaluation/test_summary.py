@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gt_ray.evaluation.results import RowScore
 from gt_ray.evaluation.run import ClientScores
-from gt_ray.evaluation.scorer import RowScores, System
+from gt_ray.evaluation.scorer import System
 from gt_ray.evaluation.summary import report_rows, summarise
 from gt_ray.tasks.data import Client
 
@@ -22,7 +23,7 @@ def result(system: str, task: str, client: int, scores: Scores, log_likelihood: 
     return ClientScores(
         Client(f"{task}-{client}", task, "north-day", [], []),
         System(system, SIDES.get(system, "llm")),  # type: ignore[arg-type]
-        RowScores([""] * len(scores), list(scores), [log_likelihood] * len(scores)),
+        [RowScore("", "", score, log_likelihood, 1, "stop") for score in scores],
     )
 
 

@@ -1,0 +1,1 @@
+"""Serving: generated adapters in vLLM and in ray.serve.llm, by name."""
