@@ -249,6 +249,8 @@ def steady(folder: Path, workers: int) -> tuple[float, float]:
         running += change
         if running > (workers - 1) * GROUP:
             full.append(moment)
+    if not full:
+        raise typer.BadParameter(f"too few shadows for {workers} workers with {GROUP} at a time each")
     first, last = full[0], full[-1]
     shares = [max(0.0, min(end, last) - max(start, first)) / (end - start) for start, end, _ in spans]
     worked = sum(share * took for share, (_, _, took) in zip(shares, spans, strict=True))

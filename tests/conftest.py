@@ -88,6 +88,7 @@ TINY_OVERRIDES = [
     "curation.snapshots=2",
     "clients.per_task=1",
     "clients.samples=8",
+    "evaluation.engine=transformers",  # starting vLLM takes longer than all of such a study
     "evaluation.test_rows=6",
     "evaluation.batch_size=6",
     "evaluation.max_new_tokens=4",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -65,6 +66,8 @@ def _stream(study: Study, jobs: Sequence[FineTuneJob], keys: set[str]) -> Iterat
     import pyarrow as pa
 
     # Inside a dictionary a reference stays one, so that every actor does not carry all rows in its arguments.
+    # A pool grows where all its actors have a task; Ray's own bound counts on tasks that wait in an actor's queue.
+    ray.data.DataContext.get_current().autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     shared = {"study": ray.put(study), "attempts": start_attempts()}
     at_once, most = study.config.curation.adapters_at_once, study.config.curation.workers
     resources = ray.cluster_resources()
@@ -113,13 +116,15 @@ def _blocks(jobs: Sequence[FineTuneJob], at_once: int | Literal["auto"], actors:
     store do different things first; results do not depend on it.
     """
     by_kind: dict[tuple[Any, ...], list[FineTuneJob]] = {}
+    of_side = Counter(job.side for job in jobs)
     for job in jobs:
         by_kind.setdefault((SIDES.index(job.side), tuple(job.snapshot_steps), job.task), []).append(job)
     blocks = []
     for members in by_kind.values():
-        # As many blocks for each actor, of even sizes.
-        each = -(-len(members) // (actors * BLOCK))
-        size = -(-len(members) // (actors * each)) if at_once == "auto" else at_once
+        # Each kind for its share of the actors, as many blocks for each of them, of even sizes.
+        mine = max(1, round(actors * len(members) / of_side[members[0].side]))
+        each = -(-len(members) // (mine * BLOCK))
+        size = -(-len(members) // (mine * each)) if at_once == "auto" else at_once
         blocks += [members[i : i + size] for i in range(0, len(members), size)]
     random.shuffle(blocks)
     return sorted(blocks, key=lambda block: -SIDES.index(block[0].side))

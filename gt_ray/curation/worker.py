@@ -18,7 +18,7 @@ MOST_DEATHS = 3
 
 
 def start_attempts() -> Any:
-    """A counter, on this node, of how often something has been begun: more than once means that its worker died."""
+    """A counter, on this node, of how often something has been begun and not ended, since its worker died."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -26,11 +26,15 @@ def start_attempts() -> Any:
         def __init__(self) -> None:
             self.begun: dict[str, int] = {}
 
-        def deaths(self, what: str) -> int:
-            """Begin it; how often that has been done before."""
+        def begin(self, what: str) -> int:
+            """How often it has been begun before and not ended."""
             before = self.begun.get(what, 0)
             self.begun[what] = before + 1
             return before
+
+        def end(self, what: str) -> None:
+            """It has been gone through, well or not; nobody died of it this time."""
+            self.begun[what] -= 1
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Killed itself, it starts again from zero: then a group that kills its workers does so a few times more.
@@ -63,9 +67,14 @@ class FineTuner:
             Columns `key` and `error`, which is empty where the unit is in the store.
         """
         jobs = [json.loads(text) for text in block["job"]]
+        errors = dict.fromkeys(block["key"], "")
+        block_name = "start of " + jobs[0]["key"]
+        deaths = self._begin(block_name)
+        if deaths >= MOST_DEATHS:
+            error = f"{deaths} workers died while they loaded {jobs[0]['side']} or measured a step of it"
+            return {"key": list(errors), "error": [f"{error}; is there enough memory?"] * len(errors)}
         engine, tokenizer = self._load(jobs[0]["side"])
         settings = model_settings(self.study.config, jobs[0]["side"]).fine_tune
-        errors = dict.fromkeys(block["key"], "")
         sets = {}
         for job in jobs:
             try:
@@ -73,7 +82,10 @@ class FineTuner:
             except UserError as error:  # its neighbours are not to blame
                 errors[job["key"]] = str(error)
         jobs = [job for job in jobs if job["key"] in sets]
-        for group in engine.groups(list(sets.values()), settings):
+        # Where measuring a step has killed workers, one adapter at a time is tried without.
+        groups = [[i] for i in range(len(jobs))] if deaths else engine.groups(list(sets.values()), settings)
+        self._end(block_name)
+        for group in groups:
             # Groups do not depend on what is missing, so a unit that is redone has the neighbours that it had before.
             members = [jobs[i] for i in group]
             if self.study.store.missing([job["key"] for job in members]):
@@ -82,7 +94,8 @@ class FineTuner:
 
     def _attempt(self, engine: Any, jobs: list[dict[str, Any]], sets: list[Any], settings: Any) -> dict[str, str]:
         """Fine-tune a group, in ever smaller parts where it has killed its workers before; errors by key."""
-        deaths = self._deaths("group of " + jobs[0]["key"])
+        name = "group of " + jobs[0]["key"]
+        deaths = self._begin(name)
         # One death may be a node that went away; more are most likely for the memory that the group takes.
         size = max(1, len(jobs) >> max(0, deaths - 1))
         errors: dict[str, str] = {}
@@ -90,22 +103,29 @@ class FineTuner:
             part = slice(first, first + size)
             if deaths and not self.study.store.missing([job["key"] for job in jobs[part]]):
                 continue
-            job = jobs[first]
-            if deaths and size == 1 and (alone := self._deaths(job["key"])) >= MOST_DEATHS:
-                errors[job["key"]] = f"{sets[first].name}: its worker died {alone} times; is there enough memory?"
+            alone = jobs[first]["key"] if size == 1 else None
+            if alone and (own := self._begin(alone)) >= MOST_DEATHS:
+                errors[alone] = f"{sets[first].name}: its worker died {own} times; is there enough memory?"
                 continue
             errors |= self._fine_tune(engine, jobs[part], sets[part], settings)
+            if alone:
+                self._end(alone)
+        self._end(name)
         return errors
 
-    def _deaths(self, what: str) -> int:
+    def _begin(self, what: str) -> int:
+        """Note that something is begun; how many workers have died of it."""
         import ray
 
-        return int(ray.get(self.shared["attempts"].deaths.remote(what)))
+        return int(ray.get(self.shared["attempts"].begin.remote(what)))
+
+    def _end(self, what: str) -> None:
+        self.shared["attempts"].end.remote(what)
 
     def _fine_tune(self, engine: Any, jobs: list[dict[str, Any]], sets: list[Any], settings: Any) -> dict[str, str]:
         """Fine-tune a group and write what is done as it is done; errors by key."""
         errors = {}
-        start = time.perf_counter()
+        start, writing_s = time.perf_counter(), 0.0
         for i, result in engine.fine_tune(sets, settings, jobs[0]["snapshot_steps"]):
             job = jobs[i]
             if isinstance(result, UserError):
@@ -117,10 +137,12 @@ class FineTuner:
                 job["snapshot_steps"],
                 len(sets[i].samples),
                 result.losses,
-                (time.perf_counter() - start) / len(jobs),
+                (time.perf_counter() - start - writing_s) / len(jobs),
                 result.held_out,
             )
+            done = time.perf_counter()
             self.study.store.write(job["key"], result.snapshots_JLd, meta)
+            writing_s += time.perf_counter() - done
         return errors
 
     def _training_set(self, tokenizer: Any, job: dict[str, Any], max_length: int) -> Any:

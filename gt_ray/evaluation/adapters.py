@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.table import Table
 
 from gt_ray.config import Config
@@ -16,7 +17,8 @@ from gt_ray.evaluation.results import RowScore, read_scores
 from gt_ray.evaluation.run import engine_of, item_key, keep
 from gt_ray.evaluation.scorer import System
 from gt_ray.evaluation.summary import mean_log_likelihood, standard_error
-from gt_ray.pairs.models import resolve, same_model, weight_files
+from gt_ray.pairs.models import resolve, same_model
+from gt_ray.pairs.root import model_stats
 from gt_ray.tasks import TASKS, Row
 from gt_ray.tasks.data import load_data, read_jsonl
 from gt_ray.updates.adapters import Adapter
@@ -45,7 +47,8 @@ class AdapterScores:
         self.settings = config.evaluation
         self.engine = engine_of(self.settings)
         self.name = config.pair.llm.model
-        self.model = config.pair.llm.model_copy(update={"model": str(resolve(self.name))})
+        self.model = config.pair.llm.model_copy(update={"model": str(resolve(self.name).resolve())})
+        self._linears = linears(Path(self.model.model))
         self.scores: dict[str, list[RowScore]] = {}
         self._pool: EnginePool | None = None
         self._fits: tuple[int, frozenset[str]] = (1, frozenset())
@@ -60,7 +63,7 @@ class AdapterScores:
         """Refuse what cannot be scored together.
 
         Raises:
-            UserError: two adapters of one name, another base model, a rank over the limit.
+            UserError: two adapters of one name, another base model, modules that it lacks, a rank over the limit.
         """
         by_name: dict[str, Path] = {BASE: Path("the model without an adapter")}
         for adapter in adapters:
@@ -74,34 +77,44 @@ class AdapterScores:
                     f"{adapter.folder} is an adapter of base model {adapter.base_model!r}, not of {self.name!r} "
                     f"({ADAPTER_CONFIG}: base_model_name_or_path)"
                 )
+            for module, size in adapter.modules.items():
+                if (own := self._linears.get(module)) != size:
+                    has = f"has {list(own)} there" if own else "has no Linear module of that name"
+                    raise UserError(
+                        f"{adapter.folder} changes {module} of [in, out] {list(size)}, but {self.name!r} {has}"
+                    )
             if adapter.rank > self.settings.vllm.max_lora_rank:
                 raise UserError(
                     f"{adapter.folder} has rank {adapter.rank}, over evaluation.vllm.max_lora_rank="
                     f"{self.settings.vllm.max_lora_rank} ({ADAPTER_CONFIG}: r); raise the limit"
                 )
 
-    def add(self, adapters: Sequence[Adapter]) -> Iterator[tuple[str, list[RowScore]]]:
+    def add(self, adapters: Sequence[Adapter], once: bool = True) -> Iterator[tuple[str, list[RowScore]]]:
         """Score these adapters, and once the model without one; names and results as they are done.
 
         Results that are in `out` already are not computed again.
+
+        Args:
+            once: no more adapters will come than these; else all engines are started at once.
         """
         self.check(adapters)
         systems = {} if BASE in self.scores else {BASE: ("", System(BASE))}
         systems |= {one.name: (one.sha256, System(one.name, folder=one.folder)) for one in adapters}
         items = []
         for name, (sha256, system) in systems.items():
-            key = item_key(self.settings, self.engine, {**self._model_key(), "adapter": sha256}, self.task, self.rows)
+            made_of = {**self._model_key(), "adapter": sha256, "name": name}
+            key = item_key(self.settings, self.engine, made_of, self.task, self.rows)
             if (found := read_scores(self.out / f"{key}.parquet")) is not None:
                 self.scores[name] = found
                 yield name, found
             else:
                 items.append(Item(key, system, self.task, self.rows))
         if items:
-            for item, rows in keep(self._started(adapters, len(items)), items, self.out):
+            for item, rows in keep(self._started(adapters, len(items), once), items, self.out):
                 self.scores[item.system.name] = rows
                 yield item.system.name, rows
 
-    def _started(self, adapters: Sequence[Adapter], items: int) -> EnginePool:
+    def _started(self, adapters: Sequence[Adapter], items: int, once: bool) -> EnginePool:
         """The pool of engines; started anew where larger ranks or other modules than before are to be scored."""
         rank = max([self._fits[0], *(adapter.rank for adapter in adapters)])
         modules = self._fits[1].union(*(adapter.target_modules for adapter in adapters))
@@ -109,7 +122,7 @@ class AdapterScores:
             self.close()
             self._fits = rank, modules
             kind = EngineKind(self.model, None, self.settings, self.engine, rank, tuple(sorted(modules)))
-            self._pool = EnginePool(kind, min(self.settings.workers, items))
+            self._pool = EnginePool(kind, min(self.settings.workers, items) if once else self.settings.workers)
         return self._pool
 
     def close(self) -> None:
@@ -120,9 +133,16 @@ class AdapterScores:
 
     def _model_key(self) -> Mapping[str, Any]:
         """What tells the base model from others without reading all of it."""
-        folder = Path(self.model.model).resolve()
-        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weight_files(folder)]
-        return {"model": unit_key({"files": files, "folder": str(folder)}), "dtype": self.model.dtype}
+        return {"model": unit_key({"files": model_stats(Path(self.model.model))}), "dtype": self.model.dtype}
+
+
+def linears(model: Path) -> dict[str, tuple[int, int]]:
+    """Names and [in, out] of all Linear modules of a model, which is built without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        modules = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).named_modules()
+    return {name: (m.in_features, m.out_features) for name, m in modules if isinstance(m, torch.nn.Linear)}
 
 
 def task_rows(config: Config, task: str, data: Path | None) -> list[Row]:

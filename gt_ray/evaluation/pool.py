@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -39,12 +39,14 @@ class Item:
 
     Attributes:
         key: hash of everything that the results depend on.
+        labels: further columns of its results.
     """
 
     key: str
     system: System
     task: str
     rows: Sequence[Row]
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,13 @@ class EngineKind:
         return VllmScorer(self.model, self.root, self.settings, self.max_lora_rank, self.target_modules, device)
 
 
+def _deaths() -> tuple[type[Exception], ...]:
+    """What Ray raises where an actor is gone; its memory monitor's kills are no RayActorError."""
+    from ray import exceptions
+
+    return exceptions.RayActorError, exceptions.OutOfMemoryError, exceptions.NodeDiedError
+
+
 class EngineActor:
     """One engine."""
 
@@ -83,6 +92,9 @@ class EngineActor:
         torch.set_num_threads(1)
         self.scorer = kind.make("cuda" if ray.get_gpu_ids() else "cpu")
         self.began_s = self.busy_s = 0.0
+
+    def ready(self) -> None:
+        """Answers once the engine is up."""
 
     def work(self, parts: list[tuple[Any, list[int]]], leave: int, first: bool) -> tuple[list[Scored], float, float]:
         """Take rows on, and compute until no more than `leave` rows are unfinished.
@@ -114,12 +126,14 @@ class _Engine:
     """The driver's view of one engine.
 
     Attributes:
+        ready: open call that answers once it is up; none since.
         calls: open calls.
         away: rows that it was given and has not returned.
         busy_s, since_s: as it says of itself; none before the first call of a run.
     """
 
     actor: Any
+    ready: Any
     calls: list[Any] = field(default_factory=list)
     away: set[tuple[str, int]] = field(default_factory=set)
     busy_s: float | None = None
@@ -127,7 +141,11 @@ class _Engine:
 
 
 class EnginePool:
-    """Engines of one model; start it once, score with it as often as there is something to score."""
+    """Engines of one model; start it once, score with it as often as there is something to score.
+
+    Raises:
+        UserError: the cluster has no room for one engine.
+    """
 
     def __init__(self, kind: EngineKind, workers: int) -> None:
         self.ray = connect()
@@ -135,12 +153,25 @@ class EnginePool:
         if num_gpus == "auto":
             num_gpus = kind.settings.vllm.tensor_parallel if self.ray.cluster_resources().get("GPU") else 0
         self.kind = replace(kind, settings=kind.settings.model_copy(update={"num_gpus": num_gpus}))
-        self._resources = {"num_cpus": 1, **({"num_gpus": num_gpus} if num_gpus else {})}
-        self.engines = [self._start() for _ in range(workers)]
+        self._needs = {"num_cpus": 1.0, **({"num_gpus": num_gpus} if num_gpus else {})}
+        self.engines = [self._start() for _ in range(min(workers, self._room()))]
         self.deaths = 0
+        self._was_up = False
+
+    def _room(self) -> int:
+        """Engines that the cluster can hold."""
+        total = self.ray.cluster_resources()
+        room = min(int(total.get(name.removeprefix("num_")[:-1].upper(), 0) / n) for name, n in self._needs.items())
+        if not room:
+            raise UserError(
+                f"this Ray cluster has no room for an engine, which takes {self._needs} (evaluation.num_gpus): it has "
+                f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
+            )
+        return room
 
     def _start(self) -> _Engine:
-        return _Engine(self.ray.remote(**self._resources)(EngineActor).remote(self.kind))
+        actor = self.ray.remote(**self._needs)(EngineActor).remote(self.kind)
+        return _Engine(actor, actor.ready.remote())
 
     def __enter__(self) -> EnginePool:
         return self
@@ -155,7 +186,10 @@ class EnginePool:
 
     @property
     def idle_share(self) -> float:
-        """Share of the last run in which engines computed nothing, until the last of them was done."""
+        """Share of the last run in which engines did nothing, until the last of them was done.
+
+        Starting an engine does not count; loading adapters is a part of its work.
+        """
         longest_s = max(engine.since_s for engine in self.engines)
         busy_s = sum(engine.busy_s or 0.0 for engine in self.engines)
         return 1 - busy_s / (longest_s * len(self.engines)) if longest_s else 0.0
@@ -166,12 +200,15 @@ class EnginePool:
         Raises:
             UserError: an engine cannot be started, or dies again and again over the same rows.
         """
-        references = {item.key: self.ray.put(item) for item in items}
         by_key = {item.key: item for item in items}
+        assert len(by_key) == len(items), "two items have one key"
+        references = {item.key: self.ray.put(item) for item in items}
         done: dict[str, dict[int, RowScore]] = {item.key: {} for item in items}
         waiting = deque((item.key, number) for item in items for number in range(len(item.rows)))
         in_vain = 0
-        for engine in self.engines:
+        for place, engine in enumerate(self.engines):
+            if engine.calls:  # of a run that was not gone through
+                self._replace(place)
             engine.busy_s, engine.since_s = None, 0.0
         for item in items:
             if not item.rows:
@@ -180,33 +217,45 @@ class EnginePool:
             for _ in range(CALLS):
                 size = self._call_rows(len(waiting))
                 for engine in self.engines:
-                    if len(engine.calls) < CALLS and (waiting or (engine.away and not engine.calls)):
+                    # One that is not up yet, or has no place in the cluster, holds no rows.
+                    room = engine.ready is None and len(engine.calls) < CALLS
+                    if room and (waiting or (engine.away and not engine.calls)):
                         self._call(engine, waiting, references, size)
-            (ready,), _ = self.ray.wait([call for engine in self.engines for call in engine.calls])
-            place, engine = next((i, e) for i, e in enumerate(self.engines) if ready in e.calls)
-            engine.calls.remove(ready)
+            open_calls = [call for engine in self.engines for call in (engine.ready, *engine.calls) if call is not None]
+            (answered,), _ = self.ray.wait(open_calls)
+            place, engine = next((i, e) for i, e in enumerate(self.engines) if answered in (e.ready, *e.calls))
             try:
-                scored, engine.busy_s, engine.since_s = self.ray.get(ready)
-            except self.ray.exceptions.RayActorError as error:
+                answer = self.ray.get(answered)
+            except _deaths() as error:
                 in_vain, self.deaths = in_vain + 1, self.deaths + 1
-                if in_vain >= MOST_DEATHS or error.actor_init_failed:
+                if in_vain >= MOST_DEATHS or (engine.ready is not None and not self._was_up):
                     names = sorted({by_key[key].system.name for key, _ in engine.away})
+                    what = f"while they scored {', '.join(names[:3])}" if names else "when they started"
                     raise UserError(
-                        f"{in_vain} engines died one after the other while they scored {', '.join(names[:3])}: "
-                        f"{' '.join(str(error).split())[-500:]}; finished adapters are kept. Is there enough memory?"
+                        f"{in_vain} engines died one after the other {what}: {' '.join(str(error).split())[-400:]}; "
+                        "finished adapters are kept"
                     ) from error
                 say(f"evaluate: an engine died, {len(engine.away)} rows are repeated by a new one")
                 waiting.extendleft(sorted(engine.away, reverse=True))
-                self.ray.kill(engine.actor)  # it may only be out of reach
-                self.engines[place] = self._start()
+                self._replace(place)
                 continue
+            if answered == engine.ready:
+                engine.ready, self._was_up = None, True
+                continue
+            engine.calls.remove(answered)
+            scored, engine.busy_s, engine.since_s = answer
             for key, number, row in scored:
                 in_vain = 0
                 engine.away.discard((key, number))
                 done[key][number] = row
                 if len(done[key]) == len(by_key[key].rows):
                     rows = done.pop(key)
+                    del references[key]
                     yield by_key[key], [rows[n] for n in range(len(rows))]
+
+    def _replace(self, place: int) -> None:
+        self.ray.kill(self.engines[place].actor)  # it may only be out of reach
+        self.engines[place] = self._start()
 
     @property
     def _one_at_a_time(self) -> bool:

@@ -54,7 +54,7 @@ def write_scores(path: Path, prompts: Sequence[str], scores: Sequence[RowScore],
     """Write one adapter's results.
 
     Args:
-        prompts: as the model saw them, one a row.
+        prompts: one a row, without the model's chat template.
         constant: columns that are the same in all rows, such as `adapter`, `task`, `engine`.
 
     Raises:

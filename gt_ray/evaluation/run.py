@@ -79,7 +79,7 @@ def score(study: Study, work: Sequence[tuple[System, Client]]) -> list[ClientSco
         rows = found[item.key]
         assert rows is not None, item.key
         results.append(ClientScores(client, system, rows))
-    report_too_long([row for result in results for row in result.rows])
+    report_too_long([row for result in results for row in result.rows], study.config.evaluation.log_likelihood)
     return results
 
 
@@ -87,13 +87,17 @@ def keep(pool: EnginePool, items: Sequence[Item], out: Path) -> Iterator[tuple[I
     """Score items and write `<key>.parquet` as each is done."""
     for item, rows in pool.score(items):
         task = TASKS[item.task]
-        constant = {"adapter": item.system.name, "task": item.task, "engine": pool.kind.engine}
+        constant = {"adapter": item.system.name, "task": item.task, "engine": pool.kind.engine, **item.labels}
         write_scores(out / f"{item.key}.parquet", [task.prompt(row) for row in item.rows], rows, **constant)
         yield item, rows
 
 
-def report_too_long(rows: Sequence[RowScore]) -> None:
-    """Say how many prompts did not fit into the model's window."""
+def report_too_long(rows: Sequence[RowScore], likelihoods: bool) -> None:
+    """Say how many prompts, and references where there are log-likelihoods, did not fit into the model's window."""
+    if unread := sum(row.log_likelihood is None and row.finish != "too long" for row in rows) if likelihoods else 0:
+        say(
+            f"evaluate: {unread} of {len(rows)} references do not fit behind their prompts; they have no log-likelihood"
+        )
     if too_long := sum(row.finish == "too long" for row in rows):
         say(
             f"evaluate: {too_long} of {len(rows)} prompts are longer than the model's window and count as wrong; "
@@ -110,4 +114,5 @@ def _item(study: Study, system: System, client: Client) -> Item:
         "update": hashlib.sha256(update).hexdigest(),
     }
     settings = study.config.evaluation
-    return Item(item_key(settings, engine_of(settings), made_of, client.task, rows), system, client.task, rows)
+    key = item_key(settings, engine_of(settings), made_of, client.task, rows)
+    return Item(key, system, client.task, rows, {"client": client.name, "domain": client.domain, "side": system.side})

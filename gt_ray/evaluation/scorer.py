@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gt_ray.config import EvaluationSettings, ModelSettings
 from gt_ray.curation.jobs import Side
+from gt_ray.errors import UserError
 from gt_ray.evaluation.results import Finish, RowScore
 from gt_ray.learning.losses import TargetLosses
 from gt_ray.learning.samples import Sample, encode
@@ -111,20 +112,19 @@ class Scorer(ABC):
 
 def window(settings: EvaluationSettings, config: PretrainedConfig) -> int:
     """Tokens that prompt and answer may have together: what is asked for, or the model's own window."""
-    own: int = config.get_text_config().max_position_embeddings
-    return min(settings.max_model_len, own)
+    own: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(settings.max_model_len, own or settings.max_model_len)
 
 
 def end_tokens(model: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end an answer: those of the model's generation config, or else the tokenizer's."""
+    """Tokens that end an answer: those of the model's generation config, and the tokenizer's."""
     from transformers import GenerationConfig
 
     try:
         ends = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:
         ends = None
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return set(ends if isinstance(ends, list) else [ends])
+    return {end for end in (*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id) if end is not None}
 
 
 class TransformersScorer(Scorer):
@@ -210,7 +210,10 @@ class TransformersScorer(Scorer):
         if system.folder is not None:
             from peft import PeftModel
 
-            worn = PeftModel.from_pretrained(self.model, str(system.folder))
+            try:
+                worn = PeftModel.from_pretrained(self.model, str(system.folder))
+            except (OSError, ValueError, RuntimeError) as error:
+                raise UserError(f"PEFT cannot load adapter {system.name}: {error}") from error
             try:
                 yield
             finally:

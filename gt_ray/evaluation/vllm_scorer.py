@@ -1,9 +1,9 @@
 """The vLLM scorer: rows of many adapters share each batch, adapters are swapped in and out while others generate.
 
 Every row is two requests of the engine: prompt and reference, whose prompt log-probabilities are those of the
-reference, and the prompt, to be answered greedily, which finds its keys and values computed by the first. A request
-waits in the engine until its adapter has one of `max_loras` slots, so all that this file does is to keep the engine's
-queue full, and to prepare adapters before their turn.
+reference, and the prompt, to be answered greedily, which finds most of its keys and values computed by the first. A
+request waits in the engine until its adapter has one of `max_loras` slots, so all that this file does is to keep the
+engine's queue full, and to prepare rows and adapters beside generation.
 
 Base models are scored through an all-zero adapter: beside adapters, and once all slots have been filled, vLLM 0.32
 answers requests without an adapter with somebody else's on a CPU.
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from gt_ray.config import EvaluationSettings, LoraSettings, ModelSettings
-from gt_ray.errors import require
+from gt_ray.errors import UserError, require
 from gt_ray.evaluation import vllm_cpu
 from gt_ray.evaluation.results import Finish, RowScore
 from gt_ray.evaluation.scorer import Scored, Scorer, System, Work, end_tokens, window
@@ -53,6 +53,7 @@ class _Adapter:
     id: int
     folder: Future[Path]
     open: int = 0
+    loaded: bool = False
 
 
 @dataclass
@@ -136,6 +137,13 @@ class VllmScorer(Scorer):
 
         adapter = self._adapters[row.work.key]
         lora = LoRARequest(str(adapter.id), adapter.id, str(adapter.folder.result()))
+        if not adapter.loaded:
+            try:
+                # Between steps: what a step meets first takes all requests of that step with it.
+                self.engine.add_lora(lora)
+            except Exception as error:  # vLLM and safetensors raise many types
+                raise UserError(f"vLLM cannot load adapter {row.work.system.name}: {error}") from error
+            adapter.loaded = True
         prompt, room = row.sample.prompt, self.window - len(row.sample.prompt)
         requests: dict[str, tuple[list[int], Any]] = {}
         if self.settings.log_likelihood and len(row.sample) < self.window:
@@ -176,7 +184,8 @@ class VllmScorer(Scorer):
             row.output = str(self.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
             row.finish = "stop" if answer.finish_reason == "stop" else "length"
         else:
-            row.log_likelihood = sum(output.prompt_logprobs.logprobs[-len(row.sample.target) :])
+            logprobs = output.prompt_logprobs.logprobs
+            row.log_likelihood = sum(logprobs[len(logprobs) - len(row.sample.target) :])
         row.open -= 1
         if row.open:
             return []
@@ -253,12 +262,13 @@ def _engine(
         enable_lora=True,
         max_loras=own.max_loras,
         max_cpu_loras=2 * own.max_loras,
-        max_lora_rank=next(rank for rank in RANKS if rank >= max_lora_rank),
+        max_lora_rank=next((rank for rank in RANKS if rank >= max_lora_rank), max_lora_rank),
         lora_target_modules=list(target_modules),
         enable_prefix_caching=True,
         block_size=32 if device == "cpu" else None,  # tokens; the CPU's own 128 are longer than many a prompt
         enforce_eager=device == "cpu",
         tensor_parallel_size=own.tensor_parallel,
+        distributed_executor_backend="mp" if own.tensor_parallel > 1 else None,
         gpu_memory_utilization=own.gpu_memory * share,
         disable_log_stats=True,
     )

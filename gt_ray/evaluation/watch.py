@@ -17,6 +17,7 @@ import numpy as np
 
 from gt_ray.errors import UserError, require
 from gt_ray.evaluation.adapters import AdapterScores
+from gt_ray.evaluation.results import RowScore
 from gt_ray.evaluation.summary import mean_log_likelihood
 from gt_ray.progress import say
 from gt_ray.updates.adapters import Adapter, inspect_adapter
@@ -41,11 +42,17 @@ class Watched:
         for name, stamp in self._stamps().items():
             if self._seen.get(name) == stamp:
                 continue
-            self._seen[name] = stamp
             try:
-                yield inspect_adapter(self._local(name))
+                adapter = inspect_adapter(self._local(name))
+            except OSError as error:
+                say(f"watch: {name} cannot be read and is tried again: {reason(error)}")
+                continue
             except UserError as error:
                 say(f"watch: not scored, until it changes: {error}")
+                adapter = None
+            self._seen[name] = stamp
+            if adapter is not None:
+                yield adapter
 
     def _stamps(self) -> dict[str, Stamp]:
         """Size and time of both files of every folder that has them."""
@@ -55,10 +62,10 @@ class Watched:
         try:
             for info in self.place.files.get_file_info(selector):
                 parts = info.path.removeprefix(f"{self.place.base}/").split("/")
-                if len(parts) == 2 and parts[0] not in (".", "..") and parts[1] in FILES and info.is_file:
+                if len(parts) == 2 and not parts[0].startswith(".") and parts[1] in FILES and info.is_file:
                     found.setdefault(parts[0], {})[parts[1]] = (info.size, info.mtime_ns)
         except OSError as error:
-            raise UserError(f"{self.location} cannot be listed: {reason(error)}") from error
+            say(f"watch: {self.location} cannot be listed and is tried again: {reason(error)}")
         return {name: tuple(sorted(files.items())) for name, files in sorted(found.items()) if len(files) == len(FILES)}
 
     def _local(self, name: str) -> Path:
@@ -90,7 +97,7 @@ def watch(
     with SummaryWriter(str(events)) as writer:
         while stop_after_s is None or time.monotonic() - last < stop_after_s:
             ready = [adapter for adapter in watched.new() if _can_be_scored(adapter, scores)]
-            for name, rows in scores.add(ready) if ready else ():
+            for name, rows in _scored(ready, scores):
                 number += 1
                 series, step = _series(name)
                 mean = float(np.mean([row.score for row in rows]))
@@ -103,6 +110,20 @@ def watch(
                 writer.flush()
                 last = time.monotonic()
             time.sleep(every_s)
+
+
+def _scored(adapters: list[Adapter], scores: AdapterScores) -> Iterator[tuple[str, list[RowScore]]]:
+    """Score what is ready; where an engine refuses one of them, each by itself."""
+    try:
+        if adapters:
+            yield from scores.add(adapters, once=False)
+    except UserError as error:
+        scores.close()
+        if len(adapters) == 1:
+            say(f"watch: not scored, until it changes: {error}")
+        else:
+            for adapter in adapters:
+                yield from _scored([adapter], scores)
 
 
 def _can_be_scored(adapter: Adapter, scores: AdapterScores) -> bool:

@@ -169,6 +169,8 @@ class Engine:
         if self.memory_bytes is None:
             return len(sets)
         tokens = _step_tokens(sets, settings)
+        if self._most_tokens is not None and self._most_tokens < tokens:
+            return 1  # less has run out of memory
         if tokens > self._measured[0]:
             batch = [_longest(sets, settings)]
             with self.losses.short_cuts(), stacked(self.model, self.root, G=1):
@@ -177,7 +179,10 @@ class Engine:
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    return 1
+                    self._most_tokens = max(1, tokens // 2)
+            release(self.losses.device)
+            if self._measured[0] < tokens:
+                return 1
         return int(self.memory_bytes * self._measured[0] / (tokens * max(1, self._measured[1])))
 
     def _train(
@@ -299,8 +304,8 @@ def _longest(sets: Sequence[TrainingSet], settings: FineTuneSettings) -> list[Sa
 
 
 def _step_tokens(sets: Sequence[TrainingSet], settings: FineTuneSettings) -> int:
-    """Tokens of the longest step of one of these adapters."""
-    return sum(map(len, _longest(sets, settings)))
+    """Places for tokens in the longest step of one of these adapters; attention has all of them, filled or not."""
+    return settings.batch_size * max(len(sample) for s in sets for sample in s.samples)
 
 
 def _check(sets: Sequence[TrainingSet], settings: FineTuneSettings, snapshot_steps: Sequence[int]) -> None:

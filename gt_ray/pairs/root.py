@@ -202,11 +202,14 @@ def _canonical(value: Any) -> bytes:
 
 def _stat_key(folder: Path, settings: ModelSettings) -> str:
     """Cache key: cheap to compute, changes whenever a file of the model does."""
+    content = [model_stats(folder), settings.lora.model_dump(mode="json"), settings.root_seed]
+    return hashlib.sha256(_canonical(content)).hexdigest()[:32]
+
+
+def model_stats(folder: Path) -> list[list[str | int]]:
+    """Names, sizes, times and places of a model's files: cheap to look at, and other whenever one of them is."""
     files = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".jinja", ".txt"})
-    stats = [
+    return [
         [path.name, path.resolve().stat().st_size, path.resolve().stat().st_mtime_ns, str(path.resolve())]
         for path in files
-    ]
-    return hashlib.sha256(_canonical([stats, settings.lora.model_dump(mode="json"), settings.root_seed])).hexdigest()[
-        :32
     ]

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from gt_ray.errors import UserError
 from gt_ray.pairs.models import same_model
-from gt_ray.pairs.root import Root
+from gt_ray.pairs.root import Root, make_root
 from gt_ray.updates.adapters import Adapter, inspect_adapter
 from gt_ray.updates.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
 
@@ -45,7 +45,8 @@ class FolderSource:
 
     def fetch(self, name: str, base_model: str) -> Adapter | None:
         """See `AdapterSource`."""
-        found = next((entry for entry in os.scandir(self.folder) if entry.name == name and entry.is_dir()), None)
+        entries = os.scandir(self.folder) if self.folder.is_dir() else ()  # a run may have no adapters yet
+        found = next((entry for entry in entries if entry.name == name and entry.is_dir()), None)
         if found is None or not all((Path(found.path) / file).is_file() for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
             return None  # the weights come last: it may be about to be written
         adapter = inspect_adapter(Path(found.path))
@@ -63,11 +64,11 @@ def open_source(location: str) -> AdapterSource:
         UserError: there is no such folder, or its config is not readable.
     """
     folder = Path(location)
-    if not folder.is_dir():
-        raise UserError(f"{LOCATION}={location} is no folder")
+    if not location or not folder.is_dir():
+        raise UserError(f"{LOCATION}={location} is no folder; set it to a folder of adapters, or a run")
     if not (folder / "config.yaml").is_file():
         return FolderSource(folder)
     from gt_ray.config import load_config
-    from gt_ray.curation.study import load_roots
 
-    return FolderSource(folder / "adapters", load_roots(load_config(str(folder / "config.yaml")))["llm"])
+    llm = load_config(str(folder / "config.yaml")).pair.llm
+    return FolderSource(folder / "adapters", make_root(llm, folder.parent / ".roots"))

@@ -39,9 +39,10 @@ def score_adapters(
     if not folders and watched is None:
         raise UserError(f"no adapters to score on {task}; name their folders, or --watch a folder")
     adapters = [inspect_adapter(folder) for folder in folders]
-    model = model or next((adapter.base_model for adapter in adapters), None)
-    if not model and preset is None:
-        raise UserError("which base model? --model or --preset names it")
+    if model is None and preset is None:
+        model = next((adapter.base_model for adapter in adapters if adapter.base_model), None)
+        if model is None:
+            raise UserError("which base model? --model or --preset names it")
     config = _config(preset, model, overrides)
     resolve(config.pair.llm.model)  # before rows are read or downloaded
     with AdapterScores(config, task, task_rows(config, task, data), out) as scores:
@@ -53,12 +54,13 @@ def score_adapters(
                     progress.advance()
         try:
             if watched is not None:
-                watch(watched, scores, out / "events", every_s, stop_after_s)
+                watch(watched, scores, Path(f"{out}-events"), every_s, stop_after_s)
         except KeyboardInterrupt:
             say("watch: ended")
         if not scores.scores:
             raise UserError(f"no adapter has appeared in {watched}")
-        report_too_long([row for rows in scores.scores.values() for row in rows])
+        every = [row for rows in scores.scores.values() for row in rows]
+        report_too_long(every, config.evaluation.log_likelihood)
         return table(scores.scores, task)
 
 

@@ -137,7 +137,7 @@ def compact(store: UpdateStore, snapshots: int | None = None) -> Compacted:
             return False
         try:
             content, meta = keep_last(store.read_file(key), snapshots or 0)
-        except (OSError, ValueError):  # removed, or damaged, since it was looked at
+        except (FileNotFoundError, ValueError):  # removed, or damaged, since it was looked at
             return None
         store.write_file(unit_key(meta.made_by), content)
         store.remove(key)
@@ -157,7 +157,11 @@ def _header(store: UpdateStore, key: str) -> Header | None:
     """A unit's header; none where the unit is damaged, or was removed by others while we looked."""
     try:
         return store.header(key)
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
+        return None
+    except OSError as error:
+        if store.is_remote:
+            raise store.unreachable(error) from error
         return None
 
 

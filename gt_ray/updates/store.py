@@ -79,6 +79,11 @@ class UpdateStore:
     def __repr__(self) -> str:
         return f"UpdateStore({self.location!r})"
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies in an object store, where a file that cannot be read may well be whole."""
+        return not self._place.local
+
     def write(self, key: str, snapshots_JLd: Tensor, meta: UnitMeta) -> None:
         """Add a unit; one that is there already stays, unless it is damaged.
 
@@ -145,7 +150,7 @@ class UpdateStore:
             return unpack(self.read_file(key), verify)
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not place.local:
-                raise self._unreachable(error) from error
+                raise self.unreachable(error) from error
             raise UserError(
                 f"unit {key} of {self.location} is absent or damaged ({reason(error)}); curate again"
             ) from error
@@ -193,7 +198,7 @@ class UpdateStore:
             return str(error)
         except OSError as error:
             if not place.local:
-                raise self._unreachable(error) from error
+                raise self.unreachable(error) from error
             return reason(error)
         return None
 
@@ -234,7 +239,7 @@ class UpdateStore:
                 raise UserError(f"there is no store at {self.location}")
             found = [info for info in files.get_file_info(fs.FileSelector(base, recursive=True)) if info.is_file]
         except OSError as error:
-            raise self._unreachable(error) from error
+            raise self.unreachable(error) from error
         units, strays = {}, []
         for info in sorted(found, key=lambda info: info.path):
             path = info.path.removeprefix(f"{base}/")
@@ -290,7 +295,8 @@ class UpdateStore:
         except OSError as error:
             raise UserError(f"store {self.location} cannot be written: {reason(error)}") from error
 
-    def _unreachable(self, error: OSError) -> UserError:
+    def unreachable(self, error: OSError) -> UserError:
+        """What to say where a remote store does not answer, or does not let us read."""
         return UserError(f"store {self.location} cannot be read: {reason(error)}")
 
     def _open(self, key: str) -> Any:

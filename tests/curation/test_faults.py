@@ -342,6 +342,20 @@ def test_a_preempted_node_is_replaced_by_one_that_joins_later(
     assert_same(study, undisturbed, killed_writers=True)
 
 
+@pytest.mark.slow
+def test_a_node_that_joins_is_put_to_work(cluster: Nodes, study_config: Make, tmp_path: Path) -> None:
+    cluster.set_size(1)
+    longer = [f"pair.{side}.fine_tune.steps=60" for side in ("tinylm", "llm")]
+    study = Study.load(study_config(tmp_path, "curation.shadows=40", "curation.adapters_at_once=1", *longer))
+    with cluster.driver(), curation(study) as running:
+        wait_for_units(study, 1, running)
+        joined = cluster.add()
+        while not workers_of([joined], "FineTuner"):
+            assert not running.done(), "the new node had nothing to do"
+            time.sleep(0.1)
+        assert running.result(LIMIT_S) == 80
+
+
 def change_row(folder: Path, old: str, new: str) -> None:
     file = folder / "gsm8k" / "rows.jsonl"
     text = file.read_text()
@@ -452,6 +466,7 @@ def full_disk(units: int) -> Callable[[], None]:
     return setup
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_command_and_keeps_what_is_done(
     two_nodes: Nodes, undisturbed: Study, study_config: Make, tmp_path: Path
 ) -> None:

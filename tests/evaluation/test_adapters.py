@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gt_ray import cli
 from gt_ray.config import load_config
@@ -44,6 +46,18 @@ def test_two_adapters_of_one_name_are_refused(scores: AdapterScores, folder: Pat
 def test_an_adapter_of_another_base_model_is_refused(scores: AdapterScores, folder: Path) -> None:
     change_adapter(folder, base_model_name_or_path="elsewhere/model")
     with pytest.raises(UserError, match="is an adapter of base model 'elsewhere/model', not of 'embedded:llm'"):
+        scores.check([inspect_adapter(folder)])
+
+
+def test_modules_that_the_model_lacks_are_refused(scores: AdapterScores, folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name.replace("q_proj", "query"): tensor for name, tensor in tensors.items()}, file)
+    with pytest.raises(UserError, match=r"changes .*query of .* has no Linear module of that name"):
+        scores.check([inspect_adapter(folder)])
+    narrow = {name: tensor[:, :48].clone() if "lora_A" in name else tensor for name, tensor in tensors.items()}
+    save_file(narrow, file)
+    with pytest.raises(UserError, match=r"of \[in, out\] \[48, 96\], but 'embedded:llm' has \[96, 96\] there"):
         scores.check([inspect_adapter(folder)])
 
 
@@ -93,21 +107,24 @@ def test_adapters_of_any_making_are_scored_by_the_command_and_not_twice(
 ) -> None:
     """Adapters of unequal rank, on modules that the embedded preset does not adapt."""
     second = make_adapter(tmp_path / "adapters" / "two", rank=9, seed=1)
+    twin = tmp_path / "adapters" / "twin"  # equal content under another name, as of a trainer's last checkpoint
+    shutil.copytree(folder, twin)
     out, data = tmp_path / "scores", tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     common = ["--task", "drop", "--data", str(data), "--out", str(out), "evaluation.workers=1"]
-    assert run(str(folder), str(second), *common) == 0
+    assert run(str(folder), str(second), str(twin), *common) == 0
     printed = capsys.readouterr()
-    assert "by vllm" in printed.err and all(name in printed.out for name in ("base", "one", "two", "drop, 5 test rows"))
+    assert "by vllm" in printed.err
+    assert all(name in printed.out for name in ("base", "one", "two", "twin", "drop, 5 test rows"))
     times = {file: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
-    assert len(times) == 3
-    assert run(str(folder), str(second), *common) == 0
+    assert len(times) == 4
+    assert run(str(folder), str(second), str(twin), *common) == 0
     assert {file: file.stat().st_mtime_ns for file in out.glob("*.parquet")} == times
     assert capsys.readouterr().out == printed.out
     # The same by transformers and PEFT: other files, the same numbers.
-    assert run(str(folder), str(second), *common, "evaluation.engine=transformers") == 0
+    assert run(str(folder), str(second), str(twin), *common, "evaluation.engine=transformers") == 0
     assert capsys.readouterr().out == printed.out
-    assert len(list(out.glob("*.parquet"))) == 6
+    assert len(list(out.glob("*.parquet"))) == 8
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def by_value(cls: type[EngineKind]) -> None:
     ray.cloudpickle.register_pickle_by_value(__import__("sys").modules[cls.__module__])
 
 
+@pytest.mark.slow
 def test_rows_that_kill_every_engine_end_the_run_with_their_name() -> None:
     by_value(Deadly)
     with (
@@ -135,9 +137,18 @@ def test_an_engine_that_cannot_start_is_an_error_at_once() -> None:
         list(pool.score(items(1, 2)))
 
 
+def test_no_more_engines_than_the_cluster_holds_and_none_is_an_error() -> None:
+    with EnginePool(kind("transformers"), 99) as pool:
+        assert len(pool.engines) == 2
+    on_gpu = replace(kind("transformers"), settings=SETTINGS.model_copy(update={"num_gpus": 1}))
+    with pytest.raises(UserError, match=r"no room for an engine, .*: it has 2 CPUs and 0 GPUs"):
+        EnginePool(on_gpu, 1)
+
+
 def test_two_engines_share_the_rows(tmp_path: Path) -> None:
     work = items(5, 9)
     with EnginePool(kind("transformers"), 2) as pool:
+        pool.ray.get([engine.ready for engine in pool.engines])  # else the first that is up may do it all
         found = {item.key: [row.output for row in scores] for item, scores in pool.score(work)}
         assert found == expected(work)
         assert all(engine.since_s > 0 for engine in pool.engines)

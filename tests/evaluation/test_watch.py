@@ -76,6 +76,7 @@ def test_the_number_at_the_end_of_a_name_is_the_step() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_adapters_are_scored_as_they_appear_with_scores_in_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

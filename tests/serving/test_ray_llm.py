@@ -26,7 +26,7 @@ CONFIG = Path(__file__).parents[2] / "serve_configs" / "vllm-lora.yaml"
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-def test_the_serve_config_multiplexes_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_serve_config_multiplexes_adapters(tmp_path: Path) -> None:
     import ray
     from ray import serve
     from ray.serve.llm import build_openai_app
@@ -36,10 +36,11 @@ def test_the_serve_config_multiplexes_adapters(tmp_path: Path, monkeypatch: pyte
     for seed, name in enumerate(("alice", "bob")):
         update_Ld = 0.2 * torch.randn(root.layout.L, root.layout.d, generator=torch.Generator().manual_seed(seed))
         write_adapter(tmp_path / name, update_Ld, root)
-    monkeypatch.setenv("GT_RAY_ADAPTERS", str(tmp_path))
     settings = yaml.safe_load(CONFIG.read_text())
     (application,) = settings["applications"]
-    application["args"]["llm_configs"][0]["model_loading_config"]["model_source"] = str(EMBEDDED / "llm")
+    config = application["args"]["llm_configs"][0]
+    config["model_loading_config"]["model_source"] = str(EMBEDDED / "llm")
+    config["runtime_env"]["env_vars"]["GT_RAY_ADAPTERS"] = str(tmp_path)
     port = free_port()
     ray.init(num_cpus=8, log_to_driver=False, logging_level="ERROR")  # its actors ask for more than they use
     try:

@@ -20,7 +20,6 @@ from gt_ray.config import EvaluationSettings, load_config
 from gt_ray.curation.study import load_roots
 from gt_ray.evaluation.scorer import System, TransformersScorer
 from gt_ray.pairs.models import EMBEDDED
-from gt_ray.serving.sources import open_source
 from gt_ray.serving.vllm_plugin import NAME, Resolver, register
 from gt_ray.tasks import TASKS
 from gt_ray.tasks.embedded import rows
@@ -48,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_resolver_answers_with_the_folder_of_a_usable_adapter_alone(run: Path) -> None:
-    resolver = Resolver(open_source(str(run)))
+    resolver = Resolver(str(run))
     request = asyncio.run(resolver.resolve_lora(LLM, "alice"))
     assert request.lora_name == "alice" and request.lora_path == str(run / "adapters" / "alice")
     for name in ("nobody", "foreign", "../adapters/alice"):

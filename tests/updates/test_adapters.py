@@ -23,6 +23,7 @@ def folder(tmp_path: Path) -> Path:
 def test_an_adapter_of_peft_is_described(folder: Path) -> None:
     adapter = inspect_adapter(folder)
     assert (adapter.name, adapter.rank, adapter.target_modules) == ("mine", 2, {"q_proj", "v_proj"})
+    assert len(adapter.modules) == 8 and adapter.modules["model.layers.3.self_attn.q_proj"] == (96, 96)
     assert adapter.base_model == str(EMBEDDED / "llm")
     change_adapter(folder, rank_pattern={"v_proj": 6})
     again = inspect_adapter(folder)
@@ -36,6 +37,7 @@ def test_an_adapter_of_peft_is_described(folder: Path) -> None:
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=.* is not supported"),
         ({"bias": "all"}, "bias='all' is not supported"),
+        ({"trainable_token_indices": [1]}, r"trainable_token_indices=\[1\] is not supported"),
         ({"r": 0}, "rank 0 is none"),
         ({"r": None}, "rank None is none"),
     ],
@@ -66,5 +68,12 @@ def test_weights_that_are_not_finite_or_no_lora_are_refused(folder: Path) -> Non
     with pytest.raises(UserError, match=f"{name} holds NaN or infinity"):
         inspect_adapter(folder)
     save_file({"delta.weight": torch.zeros(2)}, file)
+    with pytest.raises(UserError, match=r"delta.weight \[2\] is no LoRA tensor of a Linear module"):
+        inspect_adapter(folder)
+    save_file({}, file)
     with pytest.raises(UserError, match="holds no LoRA tensors"):
+        inspect_adapter(folder)
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file({f"{module}.lora_A.weight": torch.zeros(2, 4), f"{module}.lora_B.weight": torch.zeros(4, 3)}, file)
+    with pytest.raises(UserError, match=r"A and B of .*q_proj do not belong together"):
         inspect_adapter(folder)
