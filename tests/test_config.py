@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from gt_ray.config import Config, known_keys, load_config, preset_names
+from gt_ray.config import Config, config_of_model, known_keys, load_config, preset_names
 from gt_ray.errors import UserError
 
 
@@ -166,3 +166,25 @@ def test_a_file_that_is_no_config_is_an_error_in_one_line(content: bytes, messag
 def test_a_task_that_is_named_twice_is_refused() -> None:
     with pytest.raises(UserError, match=r"data\.tasks=\['gsm8k', 'gsm8k'\] names a task twice"):
         load_config("embedded", ["data.tasks=[gsm8k, gsm8k]"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluation.max_new_tokens=4096", "max_new_tokens=4096 leaves no room for a prompt within max_model_len=4096"),
+        ("evaluation.vllm.tensor_parallel=2", "vllm.tensor_parallel=2 needs num_gpus=auto, not 1.0"),
+    ],
+)
+def test_an_evaluation_that_cannot_run_is_refused(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_of_model("some/model", ["evaluation.num_gpus=1", override])
+    assert config_of_model("some/model", ["evaluation.vllm.tensor_parallel=2"]).evaluation.num_gpus == "auto"
+
+
+def test_a_model_alone_gets_the_defaults_of_everything() -> None:
+    config = config_of_model("some/model", ["evaluation.workers=3"])
+    found = config.evaluation
+    assert config.pair.llm.model == "some/model" and config.data.source == "hub"
+    assert (found.workers, found.max_new_tokens, found.max_model_len) == (3, 512, 4096)
+    with pytest.raises(UserError, match=r"unknown config key 'evaluation\.worker'"):
+        config_of_model("some/model", ["evaluation.worker=3"])

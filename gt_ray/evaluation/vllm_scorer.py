@@ -261,7 +261,7 @@ def _engine(
         max_num_seqs=own.max_num_seqs,
         enable_lora=True,
         max_loras=own.max_loras,
-        max_cpu_loras=2 * own.max_loras,
+        max_cpu_loras=max(64, 2 * own.max_loras),  # those that wait for a slot too
         max_lora_rank=next((rank for rank in RANKS if rank >= max_lora_rank), max_lora_rank),
         lora_target_modules=list(target_modules),
         enable_prefix_caching=True,

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from gt_ray.config import ModelSettings
 from gt_ray.errors import UserError
-from gt_ray.pairs.models import load_model, load_tokenizer, resolve, weight_files
+from gt_ray.pairs.models import EMBEDDED, load_model, load_tokenizer, resolve, same_model, weight_files
 from gt_ray.pairs.root import make_root
 
 Damage = Callable[[Path], object]
@@ -120,3 +120,10 @@ def test_a_loaded_model_is_frozen_and_of_the_configured_dtype(dtype: str, tiny_p
     model = load_model(ModelSettings.model_validate({"model": str(tiny_pair[0]), "dtype": dtype}))
     assert not model.training
     assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(getattr(torch, dtype), False)}
+
+
+def test_models_are_the_same_by_name_or_by_folder(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(EMBEDDED / "llm")
+    assert same_model("some/model", "some/model") and not same_model("some/model", "other/model")
+    assert same_model(str(tmp_path / "link"), str(EMBEDDED / "llm"))
+    assert not same_model(str(EMBEDDED / "llm"), str(EMBEDDED / "tinylm"))
