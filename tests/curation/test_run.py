@@ -84,7 +84,8 @@ def test_sigkill_half_way_loses_at_most_the_units_in_flight(
 
 def test_a_block_holds_one_model_one_task_and_no_more_than_allowed(tiny: Config) -> None:
     jobs = _jobs(Study.load(tiny))
-    for at_once, actors, largest in ((3, 2, 3), ("auto", 2, 3), ("auto", 1, 6)):
+    # Two tasks of six shadows: each task is cut for its share of the actors.
+    for at_once, actors, largest in ((3, 2, 3), ("auto", 1, 6), ("auto", 2, 6), ("auto", 4, 3), ("auto", 12, 1)):
         blocks = _blocks(jobs, at_once, actors)  # type: ignore[arg-type]
         assert sorted(job.key for block in blocks for job in block) == sorted(job.key for job in jobs)
         for block in blocks:
