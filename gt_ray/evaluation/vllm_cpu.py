@@ -16,9 +16,12 @@ from torch import Tensor
 
 def install() -> None:
     """Let engines that are started in this process use it."""
+    import torch._dynamo
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     PunicaWrapperCPU.add_lora_linear = add_lora_linear
+    # One small function would be compiled (by g++, seconds) to count the ranks of prompt log-probabilities.
+    torch._dynamo.config.disable = True
 
 
 @torch.no_grad()
