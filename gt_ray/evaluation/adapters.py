@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich import box
 from rich.table import Table
 
 from gt_ray.config import Config
@@ -162,7 +163,12 @@ def task_rows(config: Config, task: str, data: Path | None) -> list[Row]:
 def table(scores: Mapping[str, Sequence[RowScore]], task: str) -> Table:
     """Adapters by score, with 95 % intervals over test rows."""
     n = max(map(len, scores.values()))
-    shown = Table(title=f"{task}, {n} test rows", caption=f"{TASKS[task].metric} in percent, 95 % intervals")
+    shown = Table(
+        title=f"{task}, {n} test rows",
+        caption=f"{TASKS[task].metric} in percent, 95 % intervals",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+    )
     shown.add_column("adapter")
     for name in ("score", "interval", "log-likelihood", "tokens", "cut off", "too long"):
         shown.add_column(name, justify="right")
