@@ -13,6 +13,8 @@ from gt_ray.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
 
+PopulationName = Literal["seen", "unseen_mixture", "unseen_composition", "small_data", "large_data"]
+
 
 class Section(BaseModel):
     """A part of the config: unknown keys are errors, values cannot change after validation."""
@@ -100,6 +102,9 @@ class DataSettings(Section):
     private_share: float = Field(0.5, gt=0, lt=1, description="share of the training rows that is private (section 6)")
     validation_share: float = Field(0.1, gt=0, lt=1, description="share of the public rows that validates")
     embedded_rows: int = Field(4096, ge=64, description="source=embedded: public training rows of a task")
+    unseen_domains: int = Field(
+        0, ge=0, le=2, description="source=embedded: domains of a task that no public row has, of each task others"
+    )
     client_test_share: float = Field(0.1, gt=0, lt=1, description="share of a client's rows that tests (Table 2)")
     seed: int = 0
 
@@ -183,9 +188,18 @@ class GradTransformerSettings(Section):
 class ClientSettings(Section):
     """The simulated organisations whose private data the provider never sees."""
 
-    per_task: int = Field(5, ge=1)
+    per_task: int = Field(5, ge=1, description="clients of a task in each population")
+    populations: tuple[PopulationName, ...] = Field(
+        ("seen",), min_length=1, description="kinds of clients (`gt_ray.tasks.populations`)"
+    )
     samples: int | None = Field(None, ge=1, description="private rows of a client; none: all it has")
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> ClientSettings:
+        if len(set(self.populations)) < len(self.populations):
+            raise ValueError(f"populations={list(self.populations)} names a population twice")
+        return self
 
 
 class VllmSettings(Section):
@@ -254,6 +268,11 @@ class Config(Section):
                     f"pair.{name}.fine_tune.{key}={model.fine_tune.last_steps} is fewer than the {needed} steps that "
                     f"the snapshots (curation.snapshots, snapshot_spacing, recipe) reach back"
                 )
+        domains = {"unseen_mixture", "unseen_composition"} & set(self.clients.populations)
+        if domains and self.data.source != "embedded":
+            raise ValueError(f"clients.populations={sorted(domains)} needs rows with domains (data.source=embedded)")
+        if "unseen_composition" in domains and not self.data.unseen_domains:
+            raise ValueError("clients.populations=unseen_composition needs data.unseen_domains of 1 or more")
         return self
 
     @property

@@ -10,6 +10,8 @@ from pydantic import ValidationError
 from gt_ray.config import Config, config_of_model, known_keys, load_config, preset_names
 from gt_ray.errors import UserError
 
+REAL = {name for name in preset_names() if not name.startswith("embedded")}
+
 
 @pytest.mark.parametrize("preset", preset_names())
 def test_every_preset_loads_and_carries_its_name(preset: str) -> None:
@@ -18,15 +20,29 @@ def test_every_preset_loads_and_carries_its_name(preset: str) -> None:
 
 def test_the_pairs_of_tables_1_and_3_are_presets() -> None:
     pairs = {(tinylm, llm) for tinylm in ("0.5b", "1.5b", "3b") for llm in ("7b", "14b")} | {("0.5b", "32b")}
-    assert {f"qwen2.5-{tinylm}-to-{llm}" for tinylm, llm in pairs} == set(preset_names()) - {"embedded"}
+    assert {f"qwen2.5-{tinylm}-to-{llm}" for tinylm, llm in pairs} == REAL
     for tinylm, llm in pairs:
         pair = load_config(f"qwen2.5-{tinylm}-to-{llm}").pair
         for settings, size in ((pair.tinylm, tinylm), (pair.llm, llm)):
             assert settings.model.lower() == f"qwen/qwen2.5-{size}-instruct"
 
 
+@pytest.mark.parametrize(
+    ("preset", "overrides", "error"),
+    [
+        ("embedded", ["clients.populations=[seen, seen]"], "names a population twice"),
+        ("embedded", ["clients.populations=[unseen_composition]"], "needs data.unseen_domains"),
+        ("qwen2.5-3b-to-7b", ["clients.populations=[unseen_mixture]"], "needs rows with domains"),
+        ("embedded", ["clients.populations=[other]"], "clients.populations.0"),
+    ],
+)
+def test_populations_that_the_data_cannot_give_are_refused(preset: str, overrides: list[str], error: str) -> None:
+    with pytest.raises(UserError, match=error):
+        load_config(preset, overrides)
+
+
 def test_the_real_presets_fine_tune_as_table_5_says() -> None:
-    for preset in set(preset_names()) - {"embedded"}:
+    for preset in REAL:
         config = load_config(preset)
         for side in (config.pair.tinylm, config.pair.llm):
             settings = side.fine_tune

@@ -27,6 +27,7 @@ class FineTuneJob:
         name: for people, e.g. `shadow 12`.
         positions: rows in the pool (task, split).
         held_out: rows in the pool (task, "public-validation") whose loss ends the fine-tune (`stop.when=plateau`).
+        steps: optimizer steps, in place of `fine_tune.steps`.
         made_by: content of the key.
     """
 
@@ -38,6 +39,7 @@ class FineTuneJob:
     positions: list[int]
     held_out: list[int]
     seed: int
+    steps: int
     snapshot_steps: list[int]
     made_by: dict[str, Any]
 
@@ -64,7 +66,7 @@ def client_job(config: Config, data: TaskData, root: Root, side: Side, client: C
     rows = _Rows(client.task, client.domain, "private", client.private)
     seed = config.clients.seed + config.seed * 1_000_003 + 500_000
     content = {"client": fingerprint(client.task, data.rows(client.task, "private", client.private)), "seed": seed}
-    return _job(config, data, root, side, f"client {client.name}", rows, seed, [0], content)
+    return _job(config, data, root, side, f"client {client.name}", rows, seed, [0], content, client.steps)
 
 
 def public_job(config: Config, data: TaskData, root: Root, side: Side, task: str) -> FineTuneJob:
@@ -95,20 +97,24 @@ def _job(
     seed: int,
     snapshot_steps: list[int],
     content: Mapping[str, Any],
+    times_steps: int = 1,
 ) -> FineTuneJob:
     settings = model_settings(config, side)
+    fine_tune = settings.fine_tune.model_copy(update={"steps": settings.fine_tune.steps * times_steps})
     held_out = _held_out(data, rows, seed, settings.fine_tune.stop.held_out, name) if _by_plateau(settings) else []
     made_by = {
         "root": root.hash,
         "dtype": settings.dtype,
-        "fine_tune": settings.fine_tune.model_dump(mode="json"),
+        "fine_tune": fine_tune.model_dump(mode="json"),
         "snapshot_steps": snapshot_steps,
         **content,
     }
     if held_out:
         made_by["held_out"] = fingerprint(rows.task, data.rows(rows.task, HELD_OUT, held_out))
     key = unit_key(made_by)
-    return FineTuneJob(key, name, side, rows.task, rows.split, rows.positions, held_out, seed, snapshot_steps, made_by)
+    return FineTuneJob(
+        key, name, side, rows.task, rows.split, rows.positions, held_out, seed, fine_tune.steps, snapshot_steps, made_by
+    )
 
 
 def _by_plateau(settings: ModelSettings) -> bool:

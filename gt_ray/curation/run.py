@@ -110,15 +110,15 @@ def _stream(study: Study, jobs: Sequence[FineTuneJob], keys: set[str]) -> Iterat
 
 
 def _blocks(jobs: Sequence[FineTuneJob], at_once: int | Literal["auto"], actors: int) -> list[list[FineTuneJob]]:
-    """Jobs for one call of an actor: same model, snapshots and task, so that lengths are alike.
+    """Jobs for one call of an actor: same model, steps, snapshots and task, so that lengths are alike.
 
-    The LLM's come first: they take longest. Within a model the order is drawn anew, so that two curations into one
-    store do different things first; results do not depend on it.
+    The LLM's come first, and those of most steps: they take longest. Within a model the order is drawn anew, so that
+    two curations into one store do different things first; results do not depend on it.
     """
     by_kind: dict[tuple[Any, ...], list[FineTuneJob]] = {}
     of_side = Counter(job.side for job in jobs)
     for job in jobs:
-        by_kind.setdefault((SIDES.index(job.side), tuple(job.snapshot_steps), job.task), []).append(job)
+        by_kind.setdefault((SIDES.index(job.side), job.steps, tuple(job.snapshot_steps), job.task), []).append(job)
     blocks = []
     for members in by_kind.values():
         # Each kind for its share of the actors, as many blocks for each of them, of even sizes.
@@ -127,4 +127,4 @@ def _blocks(jobs: Sequence[FineTuneJob], at_once: int | Literal["auto"], actors:
         size = -(-len(members) // (mine * each)) if at_once == "auto" else at_once
         blocks += [members[i : i + size] for i in range(0, len(members), size)]
     random.shuffle(blocks)
-    return sorted(blocks, key=lambda block: -SIDES.index(block[0].side))
+    return sorted(blocks, key=lambda block: (-SIDES.index(block[0].side), -block[0].steps))

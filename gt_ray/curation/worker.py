@@ -61,7 +61,7 @@ class FineTuner:
         self.loaded: tuple[Side, Any, Any] | None = None
 
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
-        """One block of jobs of one model and task.
+        """One block of jobs of one model and task, of equally many steps.
 
         Returns:
             Columns `key` and `error`, which is empty where the unit is in the store.
@@ -75,6 +75,7 @@ class FineTuner:
             return {"key": list(errors), "error": [f"{error}; is there enough memory?"] * len(errors)}
         engine, tokenizer = self._load(jobs[0]["side"])
         settings = model_settings(self.study.config, jobs[0]["side"]).fine_tune
+        settings = settings.model_copy(update={"steps": jobs[0]["steps"]})
         sets = {}
         for job in jobs:
             try:

@@ -58,6 +58,7 @@ class EngineKind:
         root: of the updates to score; none where adapters come as folders.
         max_lora_rank: largest rank of the adapters to come.
         target_modules: names of all modules that they change.
+        proxy: TinyLM and its root, where the systems to come are proxy-tuned (`engine` is transformers).
     """
 
     model: ModelSettings
@@ -66,9 +67,14 @@ class EngineKind:
     engine: Literal["vllm", "transformers"]
     max_lora_rank: int
     target_modules: tuple[str, ...]
+    proxy: tuple[ModelSettings, Root] | None = None
 
     def make(self, device: str) -> Scorer:
         """The engine, in this process."""
+        if self.proxy is not None:
+            from gt_ray.evaluation.proxy_scorer import ProxyScorer
+
+            return ProxyScorer(self.model, self.settings, *self.proxy, device)
         if self.engine == "transformers":
             return TransformersScorer(self.model, self.root, self.settings, device)
         from gt_ray.evaluation.vllm_scorer import VllmScorer

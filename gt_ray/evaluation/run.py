@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from gt_ray.config import EvaluationSettings
-from gt_ray.curation.jobs import SIDES, model_settings
+from gt_ray.curation.jobs import SIDES, Side, model_settings
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.evaluation.pool import EngineKind, EnginePool, Item
@@ -65,11 +67,9 @@ def score(study: Study, work: Sequence[tuple[System, Client]]) -> list[ClientSco
         engine, settings = engine_of(study.config.evaluation), study.config.evaluation
         say(f"evaluate: {len(missing)} of {len(work)} (system, client) pairs to score, by {engine}")
         with bar("evaluate", len(missing)) as progress:
-            for side in reversed(SIDES):  # one model after the other, the large one first
-                mine = [item for item in missing.values() if item.system.side == side]
+            for kind in _kinds(study, engine):
+                mine = [item for item in missing.values() if _is_of(item.system, kind, study)]
                 if mine:
-                    root, model = study.roots[side], model_settings(study.config, side)
-                    kind = EngineKind(model, root, settings, engine, root.lora.rank, root.lora.target_modules)
                     with EnginePool(kind, min(settings.workers, len(mine))) as pool:
                         for item, scored in keep(pool, mine, out):
                             found[item.key] = scored
@@ -81,6 +81,22 @@ def score(study: Study, work: Sequence[tuple[System, Client]]) -> list[ClientSco
         results.append(ClientScores(client, system, rows))
     report_too_long([row for result in results for row in result.rows], study.config.evaluation.log_likelihood)
     return results
+
+
+def _kinds(study: Study, engine: Literal["vllm", "transformers"]) -> list[EngineKind]:
+    """One model after the other, the large one first, and the LLM with the TinyLM as its proxy."""
+    settings, roots = study.config.evaluation, study.roots
+    models = {side: model_settings(study.config, side) for side in SIDES}
+    kinds = [
+        EngineKind(models[side], roots[side], settings, engine, roots[side].lora.rank, roots[side].lora.target_modules)
+        for side in reversed(SIDES)
+    ]
+    proxy = models["tinylm"], roots["tinylm"]
+    return [*kinds, replace(kinds[0], engine="transformers", proxy=proxy)]
+
+
+def _is_of(system: System, kind: EngineKind, study: Study) -> bool:
+    return kind.root is study.roots[system.side] and (kind.proxy is None) == (system.proxy_Ld is None)
 
 
 def keep(pool: EnginePool, items: Sequence[Item], out: Path) -> Iterator[tuple[Item, list[RowScore]]]:
@@ -105,14 +121,21 @@ def report_too_long(rows: Sequence[RowScore], likelihoods: bool) -> None:
         )
 
 
-def _item(study: Study, system: System, client: Client) -> Item:
-    rows = study.data.rows(client.task, "test", client.test)
-    update = b"" if system.update_Ld is None else system.update_Ld.contiguous().numpy().tobytes()
-    made_of = {
-        "root": study.roots[system.side].hash,
-        "dtype": model_settings(study.config, system.side).dtype,
+def _made_of(study: Study, side: Side, update_Ld: Tensor | None) -> dict[str, str]:
+    update = b"" if update_Ld is None else update_Ld.contiguous().numpy().tobytes()
+    return {
+        "root": study.roots[side].hash,
+        "dtype": model_settings(study.config, side).dtype,
         "update": hashlib.sha256(update).hexdigest(),
     }
+
+
+def _item(study: Study, system: System, client: Client) -> Item:
+    rows = study.data.rows(client.task, "test", client.test)
     settings = study.config.evaluation
-    key = item_key(settings, engine_of(settings), made_of, client.task, rows)
+    engine = engine_of(settings)
+    made_of: dict[str, Any] = _made_of(study, system.side, system.update_Ld)
+    if system.proxy_Ld is not None:
+        engine, made_of["proxy"] = "transformers", _made_of(study, "tinylm", system.proxy_Ld)
+    key = item_key(settings, engine, made_of, client.task, rows)
     return Item(key, system, client.task, rows, {"client": client.name, "domain": client.domain, "side": system.side})

@@ -34,18 +34,20 @@ CACHED_ROWS = 2**16
 
 @dataclass(frozen=True)
 class System:
-    """A base model plus nothing, an update or an adapter.
+    """A base model plus nothing, an update, an adapter, or a shift of its logits.
 
     Attributes:
         name: as in DESIGN.md section 6: `P_S`, `base_T`, `ours`, `ridge` ...; of an adapter folder its name.
         update_Ld: difference from the side's root.
         folder: a PEFT adapter of any origin, instead of an update.
+        proxy_Ld: update of the TinyLM whose effect on its logits is added to the LLM's (`proxy_tuning`).
     """
 
     name: str
     side: Side = "llm"
     update_Ld: Tensor | None = None
     folder: Path | None = None
+    proxy_Ld: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -189,13 +191,21 @@ class TransformersScorer(Scorer):
         if longest + most > self.window and len(prompts) > 1:  # each has another number of tokens left
             return {n: found for n in prompts for found in self._generate({n: prompts[n]}).values()}
         encoded = self.tokenizer.pad({"input_ids": list(prompts.values())}, return_tensors="pt").to(self.device)
-        generated_RT = self.model.generate(**encoded, max_new_tokens=min(most, self.window - longest))
+        generated_RT = self.model.generate(
+            **encoded,
+            max_new_tokens=min(most, self.window - longest),
+            logits_processor=self._processors(encoded["attention_mask"]),
+        )
         found: dict[int, tuple[str, int, Finish]] = {}
         for n, ids in zip(prompts, generated_RT[:, longest:].tolist(), strict=True):
             end = next((i + 1 for i, token in enumerate(ids) if token in self.ends), None)
             text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
             found[n] = (text, end or len(ids), "stop" if end else "length")
         return found
+
+    def _processors(self, mask_RT: Tensor) -> Any:
+        """What changes the logits of a batch of prompts with this attention mask."""
+        return None
 
     def _log_likelihoods(self, samples: dict[int, Sample]) -> dict[int, float]:
         if not samples:

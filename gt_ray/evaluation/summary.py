@@ -23,7 +23,7 @@ def report_rows(results: Sequence[ClientScores], seed: int) -> list[dict[str, An
         scores = _scores(result)
         row: dict[str, Any] = {
             "task": result.client.task,
-            "population": "seen",
+            "population": result.client.population,
             "client": result.client.name,
             "domain": result.client.domain,
             "mechanism": "sft",

@@ -3,10 +3,11 @@
     h_S^j = W_S(z_S^j) + e_S^j                  a token per block of the TinyLM            (Eq. 6)
     h_T^j = W_T(z_T^j) + e_T^j                  and per block of the LLM so far            (Eq. 7)
     g_T^j = phi(h_S, [start, h_T^1 .. h_T^{j-1}])                                          (Eq. 8, 11)
-    z_T^j = W_out(g_T^j)                                                                   (Eq. 9)
+    z_T^j = W_out(g_T^j) [+ linear(z_S)^j]                                                 (Eq. 9)
 
-z is a standardised block. e is a learned embedding of the block's place, which the paper leaves to phi; phi's relative
-positions do not tell which block a coordinate belongs to. Each group of a layout has its own W_S, W_T, W_out.
+z is a standardised block. The linear path, which the paper does not have, leaves phi what is not linear (linear.py).
+e is a learned embedding of the block's place, which the paper leaves to phi; phi's relative positions do not tell which
+block a coordinate belongs to. Each group of a layout has its own W_S, W_T, W_out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from gt_ray.config import PhiSettings
 from gt_ray.errors import UserError
+from gt_ray.grad_transformer.linear import LinearPath
 from gt_ray.grad_transformer.standardise import Standardiser
 from gt_ray.updates.files import write_atomically
 from gt_ray.updates.layout import Layout
@@ -77,12 +79,21 @@ class BlockOutput(nn.Module):
 class GradTransformer(nn.Module):
     """M: [N, L_S, d_S] -> [N, L_T, d_T].
 
+    Args:
+        linear_rank: R of the linear path; 0: none, as in the paper.
+
     Attributes:
         roots: hashes of the TinyLM and the LLM root whose updates it reads and generates.
     """
 
     def __init__(
-        self, layout_S: Layout, layout_T: Layout, phi: T5Model, roots: dict[str, str], input_clip: float = 6.0
+        self,
+        layout_S: Layout,
+        layout_T: Layout,
+        phi: T5Model,
+        roots: dict[str, str],
+        input_clip: float = 6.0,
+        linear_rank: int = 0,
     ) -> None:
         super().__init__()
         self.layout_S, self.layout_T, self.roots, self.input_clip = layout_S, layout_T, roots, input_clip
@@ -94,21 +105,25 @@ class GradTransformer(nn.Module):
         self.start = nn.Parameter(torch.randn(D) * D**-0.5)
         self.phi = phi
         self.out = BlockOutput(layout_T, D)
+        shapes = (layout_S.L, layout_S.d), (layout_T.L, layout_T.d)
+        self.linear = LinearPath(*shapes, linear_rank) if linear_rank else None
 
-    def encode(self, update_S_NLd: Tensor) -> Tensor:
-        """Encoder states [N, L_S, D] of S updates (Eq. 6)."""
+    def encode(self, update_S_NLd: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoder states [N, L_S, D] of S updates (Eq. 6), and what the linear path says [N, L_T, d_T]."""
         z_NLd = self.standard_S(update_S_NLd).clamp(-self.input_clip, self.input_clip)
         states: Tensor = self.phi.encoder(inputs_embeds=self.embed_S(z_NLd)).last_hidden_state
-        return states
+        if self.linear is None:
+            return states, states.new_zeros(len(states), self.layout_T.L, self.layout_T.d)
+        return states, self.linear(z_NLd)
 
     def forward(self, update_S_NLd: Tensor, update_T_NLd: Tensor) -> Tensor:
         """Teacher forcing: standardised prediction [N, L_T, d_T] of each T block from the true blocks before it."""
-        encoded_NLD = self.encode(update_S_NLd)
+        encoded_NLD, linear_NLd = self.encode(update_S_NLd)
         z_NLd = self.standard_T(update_T_NLd).clamp(-self.input_clip, self.input_clip)
         start_N1D = self.start.expand(len(update_S_NLd), 1, -1)
         tokens_NLD = torch.cat([start_N1D, self.embed_T(z_NLd[:, :-1])], 1)
         hidden_NLD = self.phi.decoder(inputs_embeds=tokens_NLD, encoder_hidden_states=encoded_NLD).last_hidden_state
-        prediction: Tensor = self.out(hidden_NLD)
+        prediction: Tensor = linear_NLd + self.out(hidden_NLD)
         return prediction
 
     def loss(self, update_S_NLd: Tensor, update_T_NLd: Tensor) -> Tensor:
@@ -117,7 +132,7 @@ class GradTransformer(nn.Module):
 
     def generate_standardised(self, update_S_NLd: Tensor, use_cache: bool = True) -> Tensor:
         """Free-running generation (Eq. 11): standardised T blocks [N, L_T, d_T]. Differentiable."""
-        encoded_NLD = self.encode(update_S_NLd)
+        encoded_NLD, linear_NLd = self.encode(update_S_NLd)
         token_N1D = self.start.expand(len(update_S_NLd), 1, -1)
         tokens_NLD, cache, blocks = token_N1D, None, []
         for j in range(self.layout_T.L):
@@ -128,7 +143,7 @@ class GradTransformer(nn.Module):
                 use_cache=use_cache,
             )
             cache = decoded.past_key_values
-            z_N1d = self.out(decoded.last_hidden_state[:, -1:], first=j)
+            z_N1d = linear_NLd[:, j : j + 1] + self.out(decoded.last_hidden_state[:, -1:], first=j)
             blocks.append(z_N1d)
             token_N1D = self.embed_T(z_N1d.clamp(-self.input_clip, self.input_clip), first=j)
             tokens_NLD = torch.cat([tokens_NLD, token_N1D], 1)
@@ -151,6 +166,7 @@ class GradTransformer(nn.Module):
             "layout_T": self.layout_T.to_json(),
             "roots": self.roots,
             "input_clip": self.input_clip,
+            "linear_rank": self.linear.rank if self.linear else 0,
             "phi": self.phi.config.to_diff_dict(),
         }
         write_atomically(folder / CONFIG, json.dumps(config).encode())
@@ -174,6 +190,7 @@ class GradTransformer(nn.Module):
                 _without_embeddings(T5Config(**config["phi"])),
                 config["roots"],
                 config["input_clip"],
+                config.get("linear_rank", 0),
             )
             model.load_state_dict(load_file(folder / WEIGHTS))
         except UserError:

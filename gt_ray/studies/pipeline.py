@@ -60,9 +60,9 @@ def generate_stage(study: Study) -> None:
     with _timed(study, "clients"):
         jobs = study.client_jobs("tinylm")
         run_fine_tunes(study, jobs, "clients")
-        fine_tune = study.config.pair.tinylm.fine_tune.model_dump(mode="json")
-        mechanism = {"name": fine_tune.pop("mechanism")}
         for client, job in zip(study.data.clients, jobs, strict=True):
+            fine_tune = dict(job.made_by["fine_tune"])
+            mechanism = {"name": fine_tune.pop("mechanism")}
             snapshots_JLd, meta = study.store.read(job.key)
             info = UpdateInfo(fine_tune, meta.samples, mechanism)
             write_update(update_file(run, client), snapshots_JLd[-1], study.roots["tinylm"], info)

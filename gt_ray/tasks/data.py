@@ -6,28 +6,36 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gt_ray.config import Config
+from gt_ray.config import Config, PopulationName
 from gt_ray.errors import UserError, require
 from gt_ray.tasks import TASKS, Row
 from gt_ray.tasks.embedded import DOMAINS, scenarios
+from gt_ray.tasks.populations import POPULATIONS, domain_choices, private_rows
 
 PUBLIC = ("public-train", "public-validation")
 
 
 @dataclass(frozen=True)
 class Client:
-    """A simulated organisation: positions of its rows in the pools `(task, "private")` and `(task, "test")`."""
+    """A simulated organisation: positions of its rows in the pools `(task, "private")` and `(task, "test")`.
+
+    Attributes:
+        domain: of its rows; `a+b` for a mixture.
+        steps: optimizer steps of its fine-tune, as a multiple of a shadow's.
+    """
 
     name: str
     task: str
     domain: str
     private: list[int]
     test: list[int]
+    population: PopulationName = "seen"
+    steps: int = 1
 
 
 @dataclass
@@ -166,24 +174,30 @@ def _split(
         public[n_validation:],
     )
     pools[task, "private"] = pools[task, "test"] = private
-    for c in range(config.clients.per_task):
-        mine = list(range(c, n_private, config.clients.per_task))
+    kinds = [(name, c) for name in config.clients.populations for c in range(config.clients.per_task)]
+    for number, (name, c) in enumerate(kinds):
+        mine = list(range(number, n_private, len(kinds)))
         n_test = round(len(mine) * settings.client_test_share)
         test, train = mine[:n_test], mine[n_test:]
-        clients.append(
-            Client(f"{task}-{c}", task, "", train[: config.clients.samples], test[: config.evaluation.test_rows])
-        )
+        wanted = private_rows(POPULATIONS[name], config.clients.samples, config.curation.samples)
         if not test or not train:
             raise UserError(
-                f"{task}: {len(rows)} rows leave client {c} with an empty split; add rows or use fewer clients"
+                f"{task}: {len(rows)} rows leave client {number} with an empty split; add rows or use fewer clients"
             )
+        if POPULATIONS[name].size is not None and wanted is not None and len(train) < wanted:
+            raise UserError(
+                f"{task}: {len(rows)} rows leave {len(train)} private ones to a client, but population {name} needs "
+                f"{wanted} (curation.samples={config.curation.samples}); use fewer clients, or lower curation.samples"
+            )
+        test, train = test[: config.evaluation.test_rows], train[:wanted]
+        clients.append(Client(f"{task}-{name}-{c}", task, "", train, test, name, POPULATIONS[name].steps))
     for split in PUBLIC:
         if not pools[task, split]:
             raise UserError(f"{task}: {len(rows)} rows leave {split} empty; add rows")
 
 
 def _embedded(config: Config) -> TaskData:
-    """Fresh scenarios; every row belongs to one domain, every client to one too."""
+    """Fresh scenarios; every row belongs to one domain, a client to one or to a mixture."""
     seed = config.data.seed + config.seed
     n_public, samples, n_test = config.data.embedded_rows, config.clients.samples, config.evaluation.test_rows
     if samples is None or n_test is None:
@@ -191,23 +205,40 @@ def _embedded(config: Config) -> TaskData:
     pools: dict[tuple[str, str], list[Row]] = {}
     clients: list[Client] = []
     for number, task in enumerate(config.data.tasks):
+        # Each task misses other domains, so that every choice of every axis occurs in the public rows of some task.
+        unseen = [DOMAINS[(number + i) % len(DOMAINS)] for i in range(config.data.unseen_domains)]
+        seen = [domain for domain in DOMAINS if domain not in unseen]
         for split in PUBLIC:
-            drawn = itertools.islice(scenarios(task, split, seed), n_public if split == PUBLIC[0] else n_public // 4)
-            pools[task, split] = [
-                {**by_domain[i % len(DOMAINS)], "domain": DOMAINS[i % len(DOMAINS)]}
-                for i, by_domain in enumerate(drawn)
-            ]
+            drawn = scenarios(task, split, seed)
+            pools[task, split] = _take(drawn, n_public if split == PUBLIC[0] else n_public // 4, seen)
         client_seed = seed + 7919 * (config.clients.seed + 1)
-        for split in ("private", "test"):
-            pools[task, split] = []
         streams = {split: scenarios(task, split, client_seed) for split in ("private", "test")}
-        for c in range(config.clients.per_task):
-            # Neighbouring tasks start at another domain, so that few clients still cover all of them.
-            index = (c + number) % len(DOMAINS)
-            owned = {}
-            for split, n in (("private", samples), ("test", n_test)):
-                pool = pools[task, split]
-                owned[split] = list(range(len(pool), len(pool) + n))
-                pool += [{**d[index], "domain": DOMAINS[index]} for d in itertools.islice(streams[split], n)]
-            clients.append(Client(f"{task}-{c}", task, DOMAINS[index], owned["private"], owned["test"]))
+        for split in streams:
+            pools[task, split] = []
+        for name in config.clients.populations:
+            population = POPULATIONS[name]
+            choices = domain_choices(population, seen, unseen)
+            n_private = private_rows(population, samples, config.curation.samples)
+            assert n_private is not None
+            for c in range(config.clients.per_task):
+                # Neighbouring tasks start at another domain, so that few clients still cover all of them.
+                own = choices[(c + number) % len(choices)]
+                owned = {}
+                for split, n in (("private", n_private), ("test", n_test)):
+                    pool = pools[task, split]
+                    owned[split] = list(range(len(pool), len(pool) + n))
+                    pool += _take(streams[split], n, own)
+                steps = population.steps
+                clients.append(
+                    Client(f"{task}-{name}-{c}", task, "+".join(own), owned["private"], owned["test"], name, steps)
+                )
     return TaskData(pools, clients)
+
+
+def _take(drawn: Iterator[list[dict[str, Any]]], n: int, domains: Sequence[str]) -> list[Row]:
+    """The next `n` scenarios' rows; the domains take turns."""
+    taken: list[Row] = []
+    for i, by_domain in enumerate(itertools.islice(drawn, n)):
+        domain = domains[i % len(domains)]
+        taken.append({**by_domain[DOMAINS.index(domain)], "domain": domain})
+    return taken

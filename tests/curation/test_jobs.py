@@ -158,3 +158,11 @@ def test_a_client_fine_tunes_on_its_private_rows_and_sends_the_last_update(study
 def test_public_sft_fine_tunes_on_all_public_training_rows_of_the_task(study: Study) -> None:
     job = study.public("llm")
     assert (job.split, job.positions, job.snapshot_steps) == ("public-train", list(range(192)), [0])
+
+
+def test_a_client_of_more_steps_has_them_in_its_job_and_its_key(study: Study) -> None:
+    client = study.data.clients[0]
+    longer = dataclasses.replace(client, steps=10)
+    job, long_job = (client_job(study.config, study.data, study.roots["llm"], "llm", one) for one in (client, longer))
+    assert (job.steps, long_job.steps) == (3, 30) == (job.made_by["fine_tune"]["steps"], 30)
+    assert long_job.made_by["fine_tune"] == {**job.made_by["fine_tune"], "steps": 30} and long_job.key != job.key

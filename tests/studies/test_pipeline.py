@@ -36,7 +36,7 @@ def report(config: Config, ray_cluster: None) -> dict[str, Any]:
 def test_the_report_has_every_system_for_every_client(report: dict[str, Any], config: Config) -> None:
     systems = {"P_S", "P_T", "base_S", "base_T", "ours", "public_sft", *CONTROLS}
     found = {(row["client"], row["system"]) for row in report["rows"]}
-    assert found == {(f"{task}-0", system) for task in config.data.tasks for system in systems}
+    assert found == {(f"{task}-seen-0", system) for task in config.data.tasks for system in systems}
     for entry in report["summary"].values():
         assert systems - {"P_S", "P_T", "base_S", "base_T", "ours"} == entry["controls"].keys()
         assert ("pgr" in entry) != ("pgr_absent" in entry)

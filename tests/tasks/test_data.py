@@ -142,8 +142,8 @@ def test_files_are_halved_into_public_and_private_and_shared_among_clients(tmp_p
     assert_disjoint(owned.values())
     assert sum(map(len, owned.values())) == 250
     assert len(owned["gsm8k", "public-train"]) == 113 and len(owned["gsm8k", "public-validation"]) == 12
-    assert [client.name for client in data.clients] == [f"gsm8k-{c}" for c in range(4)]
-    assert sorted(len(owned[f"gsm8k-{c}", "test"]) for c in range(4)) == [3, 3, 3, 3]
+    assert [client.name for client in data.clients] == [f"gsm8k-seen-{c}" for c in range(4)]
+    assert sorted(len(owned[f"gsm8k-seen-{c}", "test"]) for c in range(4)) == [3, 3, 3, 3]
     assert data.kinds() == [("gsm8k", "")]
 
 
@@ -154,6 +154,19 @@ def test_limits_on_rows_shorten_a_clients_splits_and_nothing_else(tmp_path: Path
     assert short.pools == whole.pools
     for mine, all_mine in zip(short.clients, whole.clients, strict=True):
         assert mine.private == all_mine.private[:5] and mine.test == all_mine.test[:2]
+
+
+def test_populations_of_files_have_a_tenth_and_ten_times_a_shadows_rows(tmp_path: Path) -> None:
+    write(tmp_path / "gsm8k" / "a.jsonl", questions(700))
+    both = ["clients.per_task=2", "clients.populations=[small_data, large_data]"]
+    data = load_data(files_config(tmp_path, "curation.samples=7", *both))
+    assert [(client.population, len(client.private), client.steps) for client in data.clients] == [
+        *[("small_data", 1, 1)] * 2,
+        *[("large_data", 70, 10)] * 2,
+    ]
+    assert_disjoint(by_owner(data).values())
+    with pytest.raises(UserError, match=r"population large_data needs 80 .*lower curation\.samples"):
+        load_data(files_config(tmp_path, "curation.samples=8", *both))
 
 
 @pytest.mark.parametrize("override", ["seed=1", "data.seed=1"])
@@ -204,6 +217,35 @@ def test_embedded_clients_have_rows_of_one_domain_and_cover_all_domains() -> Non
             assert {row["domain"] for row in data.rows(client.task, split, positions)} == {client.domain}
     for task in TASKS:
         assert {client.domain for client in data.clients if client.task == task} == set(DOMAINS)
+
+
+POPULATIONS = ("seen", "unseen_mixture", "unseen_composition", "small_data", "large_data")
+
+
+def test_embedded_populations_differ_from_the_shadows_as_their_names_say() -> None:
+    data = embedded(f"clients.populations=[{', '.join(POPULATIONS)}]", "data.unseen_domains=1", "curation.samples=30")
+    public = set(data.kinds())
+    for task in TASKS:
+        seen = {domain for name, domain in public if name == task}
+        assert len(seen) == 3
+        for population in POPULATIONS:
+            clients = [one for one in data.clients if (one.task, one.population) == (task, population)]
+            assert [client.name for client in clients] == [f"{task}-{population}-{c}" for c in range(5)]
+            n, steps = {"small_data": (3, 1), "large_data": (300, 10)}.get(population, (24, 1))
+            for client in clients:
+                assert len(client.private) == n and len(client.test) == 20 and client.steps == steps
+                for split, positions in (("private", client.private), ("test", client.test)):
+                    domains = {row["domain"] for row in data.rows(task, split, positions)}
+                    assert domains == set(client.domain.split("+"))
+                    assert len(domains) > 1 if population == "unseen_mixture" else len(domains) == 1
+                    assert domains.isdisjoint(seen) if population == "unseen_composition" else domains <= seen
+            if population != "unseen_composition":
+                assert {domain for client in clients for domain in client.domain.split("+")} == seen
+    # Every choice of each axis occurs in some public rows, of one task or another.
+    assert {domain for _, domain in public} == set(DOMAINS)
+    for task in TASKS:
+        owned = {key: group for key, group in by_owner(data).items() if key[0].partition("-")[0] == task}
+        assert_disjoint(owned.values())
 
 
 def test_embedded_public_rows_are_spread_over_tasks_and_domains() -> None:

@@ -1,0 +1,71 @@
+"""The linear path: a linear map beside phi, which starts as ridge regression and leaves phi the residual.
+
+    z_T = up^T down^T z_S + b          down [P, R], up [R, Q], b [Q]
+
+`down` starts as the R leading principal components of the training inputs, `up` and `b` as the ridge solution in
+them, with the penalty that predicts the validation shadows best. With R = K - 1 this is exactly ridge regression on K
+shadows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+PENALTIES = tuple(10.0**power for power in range(-3, 5))
+"""Ridge penalties that are tried, in percent of the mean eigenvalue of the kernel matrix."""
+
+
+class LinearPath(nn.Module):
+    """Standardised inputs [N, L_S, d_S] to standardised outputs [N, L_T, d_T].
+
+    Args:
+        rank: R.
+    """
+
+    def __init__(self, shape_S: tuple[int, int], shape_T: tuple[int, int], rank: int) -> None:
+        super().__init__()
+        self.shape_T, self.rank = shape_T, rank
+        self.down = nn.Parameter(torch.zeros(shape_S[0] * shape_S[1], rank))
+        self.up = nn.Parameter(torch.zeros(rank, shape_T[0] * shape_T[1]))
+        self.bias = nn.Parameter(torch.zeros(shape_T[0] * shape_T[1]))
+
+    def forward(self, z_S_NLd: Tensor) -> Tensor:
+        """The linear prediction."""
+        y_NQ: Tensor = z_S_NLd.flatten(1) @ self.down @ self.up + self.bias
+        return y_NQ.view(-1, *self.shape_T)
+
+    @torch.no_grad()
+    def fit(self, z_S_KLd: Tensor, z_T_KLd: Tensor, validation: tuple[Tensor, Tensor]) -> float:
+        """Start as ridge regression on K shadows; returns the penalty, chosen by the validation shadows.
+
+        Args:
+            validation: standardised S and T updates of the validation shadows.
+        """
+        x_KP, y_KQ = z_S_KLd.flatten(1).double(), z_T_KLd.flatten(1).double()
+        mean_x, mean_y = x_KP.mean(0), y_KQ.mean(0)
+        left_KR, scale_R, right_RP = torch.linalg.svd(x_KP - mean_x, full_matrices=False)
+        R = self.down.shape[1]
+        left_KR, scale_R, right_RP = left_KR[:, :R], scale_R[:R], right_RP[:R]
+        known_KR = left_KR.T @ (y_KQ - mean_y)
+        unit = scale_R.square().mean().clamp(min=1e-12) / 100
+        target_KQ = validation[1].flatten(1).double()
+
+        def solve(penalty: float) -> tuple[Tensor, Tensor]:
+            up_RQ = (scale_R / (scale_R.square() + penalty * unit))[:, None] * known_KR
+            return up_RQ, mean_y - mean_x @ right_RP.T @ up_RQ
+
+        def error(penalty: float) -> float:
+            up_RQ, bias_Q = solve(penalty)
+            predicted = validation[0].flatten(1).double() @ right_RP.T @ up_RQ + bias_Q
+            return float((predicted - target_KQ).square().mean())
+
+        best = min(PENALTIES, key=error)
+        up_RQ, bias_Q = solve(best)
+        r = len(scale_R)
+        # Inputs of `up` of mean square 1 over all components: a step of an optimizer then moves outputs alike.
+        size = float(scale_R.square().sum() / len(x_KP) / r) ** 0.5
+        self.down[:, :r] = (right_RP.T / size).float()
+        self.up[:r] = (up_RQ * size).float()
+        self.bias.copy_(bias_Q.float())
+        return best
