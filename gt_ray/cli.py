@@ -142,7 +142,7 @@ def study(
     preset: Preset = "embedded",
     cell: Annotated[
         list[str] | None,
-        typer.Option(help="Overrides of one cell, separated by spaces; repeat it for every cell."),
+        typer.Option(help="Overrides of one cell, separated by spaces; repeat it for every cell. None: the preset's."),
     ] = None,
     overrides: Overrides = None,
     name: Annotated[str, typer.Option(help="Study folder under `runs`.")] = "study",
@@ -152,7 +152,11 @@ def study(
     from gt_ray.studies.study import run_study
 
     progress.quiet(quiet)
-    run_study(preset, overrides or [], [shlex.split(text) for text in cell or [""]], name)
+    tree = run_study(preset, overrides or [], [shlex.split(text) for text in cell or []], name)
+    if "populations" in tree:
+        from gt_ray.studies.report import print_populations
+
+        print_populations(tree["populations"])
 
 
 @app.command(epilog="Example: `gt-ray plan --preset qwen2.5-3b-to-7b --gpu-gb 80`")
@@ -248,9 +252,11 @@ def presets() -> None:
 
 
 def _print(report: dict[str, Any]) -> None:
-    from gt_ray.studies.report import print_table
+    from gt_ray.studies.report import print_populations, print_table
 
     print_table(report)
+    if len(report["populations"]) > 1:
+        print_populations(report["populations"])
 
 
 def main(arguments: list[str] | None = None) -> None:

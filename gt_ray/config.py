@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -127,9 +127,13 @@ class CurationSettings(Section):
     recipe: Literal["spaced", "paper"] = Field(
         "spaced", description="paper: keep the last 200 steps instead (section 6)"
     )
-    plan: Literal["domains", "iid"] = Field(
+    plan: Literal["domains", "mixtures", "iid"] = Field(
         "domains",
-        description="domains: task and domain first, then rows; iid: rows of a task at random (the paper's)",
+        description="domains: task and domain first, then rows; mixtures: the same, and every other shadow mixes two "
+        "domains; iid: rows of a task at random (the paper's)",
+    )
+    tinylm_shadows: int = Field(
+        0, ge=0, description="further shadows of the TinyLM alone, for training on behaviour, which needs no LLM update"
     )
     overlap: bool = Field(True, description="may two shadows share rows")
     seed: int = 0
@@ -159,6 +163,16 @@ class PhiSettings(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
+class BehaviourSettings(Section):
+    """Training on what generated adapters do: the task loss of the frozen LLM on the shadows' rows (decision 9)."""
+
+    steps: int = Field(0, ge=0, description="optimizer steps after the epochs; 0: none, as in the paper")
+    adapters: int = Field(8, ge=1, description="updates generated for one step, over all training workers")
+    rows: int = Field(16, ge=1, description="rows that each of them is tried on")
+    learning_rate: float = Field(3e-4, gt=0)
+    workers: int = Field(1, ge=1, description="LLM actors")
+
+
 class TrainingSettings(Section):
     """How the Grad-Transformer is trained (section 4.2)."""
 
@@ -174,15 +188,27 @@ class TrainingSettings(Section):
     num_gpus: float = Field(0, ge=0, description="GPUs of one training worker")
     num_cpus: float = Field(1, gt=0, description="CPUs of one training worker")
     seed: int = 0
+    behaviour: BehaviourSettings = BehaviourSettings()
 
 
 class GradTransformerSettings(Section):
     """The network and its training."""
 
-    phi: PhiSettings = PhiSettings(pretrained="google/flan-t5-large")
+    phi: PhiSettings | None = Field(
+        PhiSettings(pretrained="google/flan-t5-large"), description="none: no network, the linear path alone"
+    )
     input_clip: float = Field(6.0, gt=0, description="standardised inputs are clipped to +- this (decision 7)")
+    linear_rank: int = Field(
+        0, ge=0, description="most principal components of the linear path; 0: no linear path, as in the paper"
+    )
     scale_floor: float = Field(0.1, ge=0, description="floor of a scale, as a share of its module's RMS (decision 7)")
     training: TrainingSettings = TrainingSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> GradTransformerSettings:
+        if self.phi is None and not self.linear_rank:
+            raise ValueError("phi=null leaves the linear path alone, but linear_rank=0 means that there is none")
+        return self
 
 
 class ClientSettings(Section):
@@ -222,6 +248,9 @@ class EvaluationSettings(Section):
     max_new_tokens: int = Field(512, ge=1)
     max_model_len: int = Field(4096, ge=8, description="window in tokens, where the model's own is not smaller")
     controls: bool = Field(True, description="score the controls of DESIGN.md section 6")
+    baselines: tuple[Literal["proxy_tuning"], ...] = Field(
+        (), description="methods without a Grad-Transformer to score; proxy_tuning needs one vocabulary of both models"
+    )
     workers: int = Field(1, ge=1, description="engines of a model")
     num_gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto", description="GPUs of one engine; auto: one, or vllm.tensor_parallel, where the cluster has GPUs"
@@ -251,6 +280,9 @@ class Config(Section):
     name: str | None = Field(None, description="run folder under `runs`; none: <preset>-seed<seed>")
     runs: Path = Path("runs")
     store: str = Field("store", description="folder of the curated units, or s3://bucket/folder, gs://bucket/folder")
+    cells: tuple[str, ...] = Field(
+        (), description="overrides of each cell of `gt-ray study`, separated by spaces, where it is given none"
+    )
     pair: PairSettings
     data: DataSettings = DataSettings()
     curation: CurationSettings = CurationSettings()
@@ -369,8 +401,9 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
+        for part in (field.annotation, *get_args(field.annotation)):  # a section may be optional
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                keys += known_keys(part, f"{prefix}{name}.")
     return keys
 
 

@@ -7,17 +7,24 @@ units that are there.
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gt_ray.config import Config
 from gt_ray.errors import UserError
 from gt_ray.tasks.data import TaskData, fingerprint
+from gt_ray.tasks.populations import shadow_mixtures
 
 PLAN_VERSION = 1
 VALIDATION_EVERY = 5
 LEAST_VALIDATION = 8
+LEAST_SHARE = 0.2
+"""Of a mixture's rows, those of one of its two domains."""
+TINYLM_ONLY = 100_000
+"""Number of the first shadow of the TinyLM alone, so that raising `curation.shadows` keeps the units that there are."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +33,12 @@ class Shadow:
 
     Attributes:
         k: number of the shadow.
-        domain: empty under plan=iid, or where the data names none.
+        domain: `a+b` for a mixture; empty under plan=iid, or where the data names none.
         validation: whether it is held out from Grad-Transformer training.
         seed: order of its rows in a fine-tune.
         positions: its rows, as positions in the pool (task, split).
         rows: fingerprint of these rows.
+        tinylm_only: whether the LLM is not fine-tuned on it.
     """
 
     k: int
@@ -40,6 +48,7 @@ class Shadow:
     seed: int
     positions: list[int]
     rows: str
+    tinylm_only: bool = False
 
     @property
     def split(self) -> str:
@@ -48,45 +57,84 @@ class Shadow:
 
 
 def plan_shadows(config: Config, data: TaskData) -> list[Shadow]:
-    """All shadows of a study.
+    """All shadows of a study; those from `curation.shadows` on are of the TinyLM alone.
 
-    Every fifth shadow validates (of fewer than 40 more, for 8 of them, at most every second); tasks and domains take
-    turns, in training and in validation shadows alike.
+    Every fifth shadow validates (of fewer than 40 more, for 8 of them, at most every second; none of the TinyLM
+    alone); tasks and domains take turns, in training and in validation shadows alike.
 
     Raises:
         UserError: a shadow needs more rows than there are, alone or, where the plan forbids overlap, with the others.
     """
     settings = config.curation
     every = min(VALIDATION_EVERY, max(2, settings.shadows // LEAST_VALIDATION))
-    kinds = data.kinds() if settings.plan == "domains" else [(task, "") for task in config.data.tasks]
-    available: dict[tuple[str, str, str], list[int]] = {}
+    pools = _Pools(config, data)
+    kinds = data.kinds() if settings.plan != "iid" else [(task, "") for task in config.data.tasks]
+    mixtures = _mixtures(data.kinds()) if settings.plan == "mixtures" else []
     shadows = []
-    for k in range(settings.shadows):
-        validation = k % every == every - 1
-        number = k // every if validation else k - k // every
-        turn, kind = divmod(number, len(kinds))
-        task, domain = kinds[kind]
-        split = "public-validation" if validation else "public-train"
-        place = (task, split, domain)
-        if place not in available:
-            available[place] = data.positions(*place)
-            if not settings.overlap:
-                random.Random(f"{place}/{settings.seed + config.seed}").shuffle(available[place])
-        seed = (settings.seed + config.seed) * 1_000_003 + k
-        first = 0 if settings.overlap else turn * settings.samples
-        if first + settings.samples > len(available[place]):
-            raise UserError(
-                f"shadow {k} needs {first + settings.samples} {split} rows of {task} {domain}".rstrip()
-                + f", but there are {len(available[place])}; lower curation.shadows or curation.samples"
-                + ("" if settings.overlap else ", or allow curation.overlap")
-            )
-        if settings.overlap:
-            positions = random.Random(f"shadow/{seed}").sample(available[place], settings.samples)
+    numbers = [*range(settings.shadows), *range(TINYLM_ONLY, TINYLM_ONLY + settings.tinylm_shadows)]
+    for k in numbers:
+        tinylm_only = k >= TINYLM_ONLY
+        validation = not tinylm_only and k % every == every - 1
+        if tinylm_only:
+            number = k - TINYLM_ONLY
         else:
-            positions = available[place][first : first + settings.samples]
+            number = k // every if validation else k - k // every
+        seed = (settings.seed + config.seed) * 1_000_003 + k
+        mixed = bool(mixtures) and number % 2 == 1
+        if mixtures:
+            number //= 2
+        task, domain = (mixtures if mixed else kinds)[number % len(mixtures if mixed else kinds)]
+        split = "public-validation" if validation else "public-train"
+        positions = pools.draw(task, split, domain, seed, f"shadow {k}")
         rows = fingerprint(task, data.rows(task, split, positions))
-        shadows.append(Shadow(k, task, domain, validation, seed, positions, rows))
+        shadows.append(Shadow(k, task, domain, validation, seed, positions, rows, tinylm_only))
     return shadows
+
+
+def _mixtures(kinds: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """All (task, mixture of domains) that shadows may have; the tasks take turns."""
+    by_task: dict[str, list[str]] = {}
+    for task, domain in kinds:
+        by_task.setdefault(task, []).append(domain)
+    mixed = [[(task, "+".join(names)) for names in shadow_mixtures(domains)] for task, domains in by_task.items()]
+    return [kind for turn in itertools.zip_longest(*mixed) for kind in turn if kind]
+
+
+class _Pools:
+    """The public rows, and which of them are left where shadows must not share any."""
+
+    def __init__(self, config: Config, data: TaskData) -> None:
+        self.settings, self.seed, self.data = config.curation, config.curation.seed + config.seed, data
+        self.available: dict[tuple[str, str, str], list[int]] = {}
+        self.taken: dict[tuple[str, str, str], int] = {}
+
+    def draw(self, task: str, split: str, mixture: str, seed: int, name: str) -> list[int]:
+        """Positions of a shadow's rows; of a mixture a random share from each domain, at least a fifth."""
+        rng = random.Random(f"shadow/{seed}")
+        domains, n = mixture.split("+"), self.settings.samples
+        first = n if len(domains) == 1 else round(n * rng.uniform(LEAST_SHARE, 1 - LEAST_SHARE))
+        positions: list[int] = []
+        for domain, count in zip(domains, (first, n - first), strict=False):
+            positions += self._of_domain((task, split, domain), count, rng, name)
+        return positions
+
+    def _of_domain(self, place: tuple[str, str, str], n: int, rng: random.Random, name: str) -> list[int]:
+        if place not in self.available:
+            self.available[place] = self.data.positions(*place)
+            if not self.settings.overlap:
+                random.Random(f"{place}/{self.seed}").shuffle(self.available[place])
+        first = 0 if self.settings.overlap else self.taken.get(place, 0)
+        if first + n > len(self.available[place]):
+            task, split, domain = place
+            raise UserError(
+                f"{name} needs {first + n} {split} rows of {task} {domain}".rstrip()
+                + f", but there are {len(self.available[place])}; lower curation.shadows or curation.samples"
+                + ("" if self.settings.overlap else ", or allow curation.overlap")
+            )
+        if self.settings.overlap:
+            return rng.sample(self.available[place], n)
+        self.taken[place] = first + n
+        return self.available[place][first : first + n]
 
 
 def plan_content(config: Config, shadow: Shadow) -> dict[str, Any]:

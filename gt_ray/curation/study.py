@@ -35,8 +35,12 @@ class Study:
         return cls(config, data, roots, plan_shadows(config, data), UpdateStore(config.store))
 
     def shadow_jobs(self, side: Side) -> list[FineTuneJob]:
-        """The fine-tunes of all shadows of one model, in the order of the shadows."""
-        return [shadow_job(self.config, self.data, self.roots[side], side, shadow) for shadow in self.shadows]
+        """The fine-tunes of all shadows of one model, in the order of the shadows; the LLM has fewer of them."""
+        return [
+            shadow_job(self.config, self.data, self.roots[side], side, shadow)
+            for shadow in self.shadows
+            if side == "tinylm" or not shadow.tinylm_only
+        ]
 
     def client_jobs(self, side: Side) -> list[FineTuneJob]:
         """The fine-tunes of all clients, in the order of the clients."""

@@ -29,11 +29,16 @@ SCORER_VERSION = 2
 
 @dataclass(frozen=True)
 class ClientScores:
-    """One system's scores on one client's test rows."""
+    """One system's scores on one client's test rows.
+
+    Attributes:
+        key: names the file of the run folder that holds them, `scores/<key>.parquet`.
+    """
 
     client: Client
     system: System
     rows: list[RowScore]
+    key: str = ""
 
 
 def engine_of(settings: EvaluationSettings) -> Literal["vllm", "transformers"]:
@@ -78,7 +83,7 @@ def score(study: Study, work: Sequence[tuple[System, Client]]) -> list[ClientSco
     for (system, client), item in zip(work, items, strict=True):
         rows = found[item.key]
         assert rows is not None, item.key
-        results.append(ClientScores(client, system, rows))
+        results.append(ClientScores(client, system, rows, item.key))
     report_too_long([row for result in results for row in result.rows], study.config.evaluation.log_likelihood)
     return results
 
@@ -97,6 +102,22 @@ def _kinds(study: Study, engine: Literal["vllm", "transformers"]) -> list[Engine
 
 def _is_of(system: System, kind: EngineKind, study: Study) -> bool:
     return kind.root is study.roots[system.side] and (kind.proxy is None) == (system.proxy_Ld is None)
+
+
+def scores_of_report(run: Path, report: Mapping[str, Any]) -> list[ClientScores]:
+    """The results that a report was made from; clients are named with the run's folder, so that runs can be pooled.
+
+    Raises:
+        UserError: a file of scores is absent or damaged.
+    """
+    results = []
+    for row in report["rows"]:
+        rows = read_scores(run / row["scores"])
+        if rows is None:
+            raise UserError(f"{run / row['scores']} is absent or damaged; run its cell again")
+        client = Client(f"{run.name}/{row['client']}", row["task"], row["domain"], [], [], row["population"])
+        results.append(ClientScores(client, System(row["system"]), rows, row["scores"]))
+    return results
 
 
 def keep(pool: EnginePool, items: Sequence[Item], out: Path) -> Iterator[tuple[Item, list[RowScore]]]:

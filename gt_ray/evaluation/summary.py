@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,11 @@ from gt_ray.evaluation.run import ClientScores
 from gt_ray.tasks import TASKS
 
 MAIN = ("P_S", "P_T", "base_S", "base_T", "ours")
+BASELINES = ("proxy_tuning",)
 RESAMPLES = 2000
+
+ByClient = Mapping[str, ClientScores]
+"""One system's scores, by client."""
 
 
 def report_rows(results: Sequence[ClientScores], seed: int) -> list[dict[str, Any]]:
@@ -36,6 +40,8 @@ def report_rows(results: Sequence[ClientScores], seed: int) -> list[dict[str, An
         }
         if (log_likelihood := mean_log_likelihood(result.rows)) is not None:
             row["log_likelihood"] = log_likelihood
+        if result.key:
+            row["scores"] = f"scores/{result.key}.parquet"
         if too_long := sum(one.finish == "too long" for one in result.rows):
             row["too_long"] = too_long
         rows.append(row)
@@ -57,8 +63,20 @@ def _scores(result: ClientScores) -> Any:
     return np.asarray([row.score for row in result.rows])
 
 
+def _log_likelihoods(result: ClientScores) -> Any:
+    return np.asarray([row.log_likelihood for row in result.rows], dtype=float)  # NaN where there is none
+
+
+def by_population(results: Sequence[ClientScores]) -> dict[str, dict[str, Any]]:
+    """The summary of each population's clients alone."""
+    populations: dict[str, list[ClientScores]] = {}
+    for result in results:
+        populations.setdefault(result.client.population, []).append(result)
+    return {name: summarise(found) for name, found in populations.items()}
+
+
 def summarise(results: Sequence[ClientScores]) -> dict[str, Any]:
-    """Per task and on average: main systems, controls, PGR, gain recovered, and `ours` minus every other system."""
+    """Per task and on average: means of all systems, PGR, gain recovered, `ours` minus every other system."""
     tasks: dict[str, dict[str, dict[str, ClientScores]]] = {}
     for result in results:
         tasks.setdefault(result.client.task, {}).setdefault(result.system.name, {})[result.client.name] = result
@@ -68,43 +86,21 @@ def summarise(results: Sequence[ClientScores]) -> dict[str, Any]:
     whole: dict[str, dict[str, ClientScores]] = {}
     for result in results:
         whole.setdefault(result.system.name, {})[result.client.name] = result
-    average = _entry(whole)
-    # Tasks weigh alike, and PGR is averaged over tasks after scores are averaged over clients.
-    entries = list(summary.values())
-    for name in MAIN:
-        if name in average:
-            average[name] = _mean(entry.get(name) for entry in entries)
-    for part in ("controls", "log_likelihood"):
-        for name in average[part]:
-            average[part][name] = _mean(entry[part].get(name) for entry in entries)
-    for key, of in (("gain_recovered", average), ("gain_recovered_log_likelihood", average["log_likelihood"])):
-        if key in average:
-            average[key] = 100 * (of["ours"] - of["base_T"]) / (of["P_T"] - of["base_T"])
-    for key in ("pgr", "pgr_absent"):
-        average.pop(key, None)
-    if pgrs := [entry["pgr"] for entry in entries if "pgr" in entry]:
-        average["pgr"], average["pgr_tasks"] = _mean(pgrs), len(pgrs)
-    elif any("pgr_absent" in entry for entry in entries):
-        average["pgr_absent"] = "absent in every task"
-    summary["average"] = average
+    summary["average"] = _average(list(summary.values()), whole)
     return summary
 
 
-def _mean(values: Iterable[float | None]) -> float:
-    return float(np.mean([value for value in values if value is not None]))
-
-
-def _entry(by_system: dict[str, dict[str, ClientScores]]) -> dict[str, Any]:
+def _entry(by_system: Mapping[str, ByClient]) -> dict[str, Any]:
     means = {
         name: float(np.mean([_scores(result).mean() for result in clients.values()]))
         for name, clients in by_system.items()
     }
-    entry: dict[str, Any] = {name: means[name] for name in MAIN if name in means}
-    entry["controls"] = {name: value for name, value in means.items() if name not in MAIN}
-    entry["baselines"] = {}
     likelihoods = {
         name: [mean_log_likelihood(result.rows) for result in clients.values()] for name, clients in by_system.items()
     }
+    entry: dict[str, Any] = {name: means[name] for name in MAIN if name in means}
+    entry["controls"] = {name: value for name, value in means.items() if name not in (*MAIN, *BASELINES)}
+    entry["baselines"] = {name: means[name] for name in BASELINES if name in means}
     entry["log_likelihood"] = {
         name: _mean(found) for name, found in likelihoods.items() if any(one is not None for one in found)
     }
@@ -116,30 +112,98 @@ def _entry(by_system: dict[str, dict[str, ClientScores]]) -> dict[str, Any]:
             entry["pgr_absent"] = f"P_T - P_S = {gap:.1f} is below 2 paired standard errors ({2 * gap_se:.1f})"
         else:
             entry["pgr"] = 100 * (means["ours"] - means["P_S"]) / (means["P_T"] - means["P_S"])
-    if {"base_T", "P_T"} <= means.keys():
-        gain, gain_se = _paired(by_system["P_T"], by_system["base_T"])
-        if gain > 2 * gain_se:
-            entry["gain_recovered"] = 100 * (means["ours"] - means["base_T"]) / (means["P_T"] - means["base_T"])
-        log_likelihood = entry["log_likelihood"]
-        known = {"ours", "P_T", "base_T"} <= log_likelihood.keys()
-        if known and (gain_ll := log_likelihood["P_T"] - log_likelihood["base_T"]) > 0:
-            entry["gain_recovered_log_likelihood"] = 100 * (log_likelihood["ours"] - log_likelihood["base_T"]) / gain_ll
-    entry["ours_minus"] = {
-        name: _interval(by_system["ours"], clients) for name, clients in by_system.items() if name != "ours"
+    return entry | _comparisons(entry, by_system)
+
+
+def _average(entries: Sequence[dict[str, Any]], whole: Mapping[str, ByClient]) -> dict[str, Any]:
+    """Tasks weigh alike, and PGR is averaged over tasks after scores are averaged over clients."""
+    average: dict[str, Any] = {"tasks": len(entries)}
+    for name in MAIN:
+        if any(name in entry for entry in entries):
+            average[name] = _mean(entry.get(name) for entry in entries)
+    for part in ("controls", "baselines", "log_likelihood"):
+        names = dict.fromkeys(name for entry in entries for name in entry[part])
+        average[part] = {name: _mean(entry[part].get(name) for entry in entries) for name in names}
+    if pgrs := [entry["pgr"] for entry in entries if "pgr" in entry]:
+        average["pgr"], average["pgr_tasks"] = _mean(pgrs), len(pgrs)
+    elif any("pgr_absent" in entry for entry in entries):
+        average["pgr_absent"] = "absent in every task"
+    return average | (_comparisons(average, whole) if "ours" in whole else {})
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    return float(np.mean([value for value in values if value is not None]))
+
+
+def _comparisons(entry: Mapping[str, Any], by_system: Mapping[str, ByClient]) -> dict[str, Any]:
+    """What an entry says of `ours`, by scores and by log-likelihoods: gain recovered, share closed of the gap between
+    the best control and P_T, difference to every other system.
+
+    Args:
+        entry: the means.
+    """
+    scores = {name: entry[name] for name in MAIN if name in entry} | entry["controls"] | entry["baselines"]
+    found: dict[str, Any] = {}
+    for suffix, means, values in (
+        ("", scores, _scores),
+        ("_log_likelihood", entry["log_likelihood"], _log_likelihoods),
+    ):
+        if "ours" not in means:
+            continue
+        found |= {f"{key}{suffix}": value for key, value in _recovered(means, by_system, values).items()}
+        found |= {f"{key}{suffix}": value for key, value in _gap_closed(means, entry["controls"]).items()}
+        found[f"ours_minus{suffix}"] = {
+            name: _interval(by_system["ours"], clients, values)
+            for name, clients in by_system.items()
+            if name != "ours" and name in means
+        }
+    return found
+
+
+def _recovered(
+    means: Mapping[str, float], by_system: Mapping[str, ByClient], values: Callable[[ClientScores], Any]
+) -> dict[str, Any]:
+    """(ours - base_T) / (P_T - base_T) in percent with a 95 % interval, where fine-tuning gains more than noise."""
+    if not {"base_T", "P_T"} <= means.keys():
+        return {}
+    gain, gain_se = _paired(by_system["P_T"], by_system["base_T"], values)
+    if gain <= 2 * gain_se or means["P_T"] <= means["base_T"]:
+        return {}
+    names = [name for name in by_system["ours"] if name in by_system["P_T"] and name in by_system["base_T"]]
+    ours, best, base = (
+        np.asarray([np.nanmean(values(by_system[system][name])) for name in names])
+        for system in ("ours", "P_T", "base_T")
+    )
+    picks = np.random.default_rng(0).integers(0, len(names), (RESAMPLES, len(names)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = 100 * (ours - base)[picks].mean(1) / (best - base)[picks].mean(1)
+    low, high = np.percentile(shares[np.isfinite(shares)], [2.5, 97.5])
+    return {
+        "gain_recovered": 100 * (means["ours"] - means["base_T"]) / (means["P_T"] - means["base_T"]),
+        "gain_recovered_interval": [float(low), float(high)],
     }
-    return entry
 
 
-def _paired(better: dict[str, ClientScores], worse: dict[str, ClientScores]) -> tuple[float, float]:
+def _gap_closed(means: Mapping[str, float], controls: Iterable[str]) -> dict[str, Any]:
+    """The best control, and (ours - it) / (P_T - it) in percent; nothing where no control is below P_T."""
+    known = [name for name in controls if name in means]
+    if not known or "P_T" not in means:
+        return {}
+    best = max(known, key=means.__getitem__)
+    share = 100 * (means["ours"] - means[best]) / (means["P_T"] - means[best]) if means["P_T"] > means[best] else None
+    return {"best_control": best} | ({} if share is None else {"gap_closed": share})
+
+
+def _paired(better: ByClient, worse: ByClient, values: Callable[[ClientScores], Any] = _scores) -> tuple[float, float]:
     """Mean difference over clients, and its standard error from paired test rows."""
-    differences = _differences(better, worse)
+    differences = _differences(better, worse, values)
     mean = float(np.mean([d.mean() for d in differences]))
     return mean, math.sqrt(sum(standard_error(d) ** 2 for d in differences)) / len(differences)
 
 
-def _interval(ours: dict[str, ClientScores], other: dict[str, ClientScores]) -> dict[str, float]:
+def _interval(ours: ByClient, other: ByClient, values: Callable[[ClientScores], Any]) -> dict[str, float]:
     """Difference with a 95 % bootstrap interval over clients, then over their test rows."""
-    differences = _differences(ours, other)
+    differences = _differences(ours, other, values)
     rng = np.random.default_rng(0)
     n = len(differences)
     means = np.asarray([d.mean() for d in differences])
@@ -151,5 +215,7 @@ def _interval(ours: dict[str, ClientScores], other: dict[str, ClientScores]) -> 
     return {"difference": float(means.mean()), "low": float(low), "high": float(high)}
 
 
-def _differences(first: dict[str, ClientScores], second: dict[str, ClientScores]) -> list[Any]:
-    return [_scores(first[name]) - _scores(second[name]) for name in first if name in second]
+def _differences(first: ByClient, second: ByClient, values: Callable[[ClientScores], Any]) -> list[Any]:
+    """Differences of the test rows that both have, for each client that both have."""
+    found = [values(first[name]) - values(second[name]) for name in first if name in second]
+    return [kept for d in found if len(kept := d[~np.isnan(d)])]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 PENALTIES = tuple(10.0**power for power in range(-3, 5))
-"""Ridge penalties that are tried, in percent of the mean eigenvalue of the kernel matrix."""
+"""Ridge penalties that are tried, in percent of the mean diagonal of the kernel matrix."""
 
 
 class LinearPath(nn.Module):
@@ -45,10 +45,10 @@ class LinearPath(nn.Module):
         x_KP, y_KQ = z_S_KLd.flatten(1).double(), z_T_KLd.flatten(1).double()
         mean_x, mean_y = x_KP.mean(0), y_KQ.mean(0)
         left_KR, scale_R, right_RP = torch.linalg.svd(x_KP - mean_x, full_matrices=False)
-        R = self.down.shape[1]
+        total, R = float(scale_R.square().sum()), self.rank
+        unit = max(1e-12, total / len(x_KP) / 100)
         left_KR, scale_R, right_RP = left_KR[:, :R], scale_R[:R], right_RP[:R]
         known_KR = left_KR.T @ (y_KQ - mean_y)
-        unit = scale_R.square().mean().clamp(min=1e-12) / 100
         target_KQ = validation[1].flatten(1).double()
 
         def solve(penalty: float) -> tuple[Tensor, Tensor]:
@@ -63,8 +63,8 @@ class LinearPath(nn.Module):
         best = min(PENALTIES, key=error)
         up_RQ, bias_Q = solve(best)
         r = len(scale_R)
-        # Inputs of `up` of mean square 1 over all components: a step of an optimizer then moves outputs alike.
-        size = float(scale_R.square().sum() / len(x_KP) / r) ** 0.5
+        # Inputs of `up` have mean square 1 over all components, so that the optimizer's steps suit them.
+        size = max(1e-12, total / len(x_KP) / r) ** 0.5
         self.down[:, :r] = (right_RP.T / size).float()
         self.up[:r] = (up_RQ * size).float()
         self.bias.copy_(bias_Q.float())

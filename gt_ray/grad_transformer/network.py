@@ -80,6 +80,7 @@ class GradTransformer(nn.Module):
     """M: [N, L_S, d_S] -> [N, L_T, d_T].
 
     Args:
+        phi: none where there is the linear path alone.
         linear_rank: R of the linear path; 0: none, as in the paper.
 
     Attributes:
@@ -90,40 +91,62 @@ class GradTransformer(nn.Module):
         self,
         layout_S: Layout,
         layout_T: Layout,
-        phi: T5Model,
+        phi: T5Model | None,
         roots: dict[str, str],
         input_clip: float = 6.0,
         linear_rank: int = 0,
     ) -> None:
         super().__init__()
         self.layout_S, self.layout_T, self.roots, self.input_clip = layout_S, layout_T, roots, input_clip
-        D = phi.config.d_model
         self.standard_S = Standardiser(layout_S.L, layout_S.d)
         self.standard_T = Standardiser(layout_T.L, layout_T.d)
-        self.embed_S = BlockEmbedding(layout_S, D)
-        self.embed_T = BlockEmbedding(layout_T, D)
-        self.start = nn.Parameter(torch.randn(D) * D**-0.5)
         self.phi = phi
-        self.out = BlockOutput(layout_T, D)
+        if phi is not None:
+            D = phi.config.d_model
+            self.embed_S = BlockEmbedding(layout_S, D)
+            self.embed_T = BlockEmbedding(layout_T, D)
+            self.start = nn.Parameter(torch.randn(D) * D**-0.5)
+            self.out = BlockOutput(layout_T, D)
         shapes = (layout_S.L, layout_S.d), (layout_T.L, layout_T.d)
         self.linear = LinearPath(*shapes, linear_rank) if linear_rank else None
 
-    def encode(self, update_S_NLd: Tensor) -> tuple[Tensor, Tensor]:
-        """Encoder states [N, L_S, D] of S updates (Eq. 6), and what the linear path says [N, L_T, d_T]."""
-        z_NLd = self.standard_S(update_S_NLd).clamp(-self.input_clip, self.input_clip)
-        states: Tensor = self.phi.encoder(inputs_embeds=self.embed_S(z_NLd)).last_hidden_state
-        if self.linear is None:
-            return states, states.new_zeros(len(states), self.layout_T.L, self.layout_T.d)
-        return states, self.linear(z_NLd)
+    def _standardised_S(self, update_S_NLd: Tensor) -> Tensor:
+        z_NLd: Tensor = self.standard_S(update_S_NLd).clamp(-self.input_clip, self.input_clip)
+        return z_NLd
 
-    def forward(self, update_S_NLd: Tensor, update_T_NLd: Tensor) -> Tensor:
-        """Teacher forcing: standardised prediction [N, L_T, d_T] of each T block from the true blocks before it."""
-        encoded_NLD, linear_NLd = self.encode(update_S_NLd)
+    def encode(self, z_S_NLd: Tensor) -> Tensor:
+        """Encoder states [N, L_S, D] of standardised S updates (Eq. 6)."""
+        assert self.phi is not None
+        states: Tensor = self.phi.encoder(inputs_embeds=self.embed_S(z_S_NLd)).last_hidden_state
+        return states
+
+    def _linear(self, z_S_NLd: Tensor) -> Tensor:
+        """What the linear path says [N, L_T, d_T]."""
+        if self.linear is None:
+            return z_S_NLd.new_zeros(len(z_S_NLd), self.layout_T.L, self.layout_T.d)
+        prediction: Tensor = self.linear(z_S_NLd)
+        return prediction
+
+    def fit_linear(self, training: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor]) -> None:
+        """Start the linear path as ridge regression on the shadows' (S, T) updates [K, L, d]."""
+        assert self.linear is not None
+        standard = [(self._standardised_S(S), self.standard_T(T)) for S, T in (training, validation)]
+        self.linear.fit(*standard[0], standard[1])
+
+    def forward(self, update_S_NLd: Tensor, update_T_NLd: Tensor | None = None) -> Tensor:
+        """Standardised prediction [N, L_T, d_T]: by teacher forcing, each T block from the true blocks before it, or
+        where these are not given, free-running."""
+        if update_T_NLd is None:
+            return self.generate_standardised(update_S_NLd)
+        z_S_NLd = self._standardised_S(update_S_NLd)
+        if self.phi is None:
+            return self._linear(z_S_NLd)
+        encoded_NLD = self.encode(z_S_NLd)
         z_NLd = self.standard_T(update_T_NLd).clamp(-self.input_clip, self.input_clip)
         start_N1D = self.start.expand(len(update_S_NLd), 1, -1)
         tokens_NLD = torch.cat([start_N1D, self.embed_T(z_NLd[:, :-1])], 1)
         hidden_NLD = self.phi.decoder(inputs_embeds=tokens_NLD, encoder_hidden_states=encoded_NLD).last_hidden_state
-        prediction: Tensor = linear_NLd + self.out(hidden_NLD)
+        prediction: Tensor = self._linear(z_S_NLd) + self.out(hidden_NLD)
         return prediction
 
     def loss(self, update_S_NLd: Tensor, update_T_NLd: Tensor) -> Tensor:
@@ -132,7 +155,11 @@ class GradTransformer(nn.Module):
 
     def generate_standardised(self, update_S_NLd: Tensor, use_cache: bool = True) -> Tensor:
         """Free-running generation (Eq. 11): standardised T blocks [N, L_T, d_T]. Differentiable."""
-        encoded_NLD, linear_NLd = self.encode(update_S_NLd)
+        z_S_NLd = self._standardised_S(update_S_NLd)
+        linear_NLd = self._linear(z_S_NLd)
+        if self.phi is None:
+            return linear_NLd
+        encoded_NLD = self.encode(z_S_NLd)
         token_N1D = self.start.expand(len(update_S_NLd), 1, -1)
         tokens_NLD, cache, blocks = token_N1D, None, []
         for j in range(self.layout_T.L):
@@ -167,7 +194,7 @@ class GradTransformer(nn.Module):
             "roots": self.roots,
             "input_clip": self.input_clip,
             "linear_rank": self.linear.rank if self.linear else 0,
-            "phi": self.phi.config.to_diff_dict(),
+            "phi": self.phi.config.to_diff_dict() if self.phi else None,
         }
         write_atomically(folder / CONFIG, json.dumps(config).encode())
 
@@ -187,7 +214,7 @@ class GradTransformer(nn.Module):
             model = cls(
                 Layout.from_json(config["layout_S"]),
                 Layout.from_json(config["layout_T"]),
-                _without_embeddings(T5Config(**config["phi"])),
+                _without_embeddings(T5Config(**config["phi"])) if config["phi"] else None,
                 config["roots"],
                 config["input_clip"],
                 config.get("linear_rank", 0),

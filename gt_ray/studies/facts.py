@@ -11,6 +11,7 @@ from typing import Any
 MAIN = ("base_S", "P_S", "base_T", "P_T", "ours")
 RATIOS = {"PGR": "pgr", "gain recovered": "gain_recovered"}
 LIKELIHOOD = {"gain recovered, log-likelihood": "gain_recovered_log_likelihood"}
+GAP = {"gap closed": "gap_closed", "gap closed, log-likelihood": "gap_closed_log_likelihood"}
 
 Interval = tuple[float, float, float]
 """Low end, difference, high end."""
@@ -77,8 +78,8 @@ def grid_of(report: Mapping[str, Any], ratios: Mapping[str, str]) -> tuple[dict[
             counted = finite(entry.get(f"{key}_tasks"))
             if value is None and (reason := entry.get(f"{key}_absent")):
                 note = f"{label} of {task} is absent: {reason}"
-            elif value is not None and counted is not None and counted < len(summary) - 1:
-                note = f"{label}, {task}: over {counted:.0f} of {len(summary) - 1} tasks"
+            elif value is not None and counted is not None and counted < (of := entry.get("tasks", len(summary) - 1)):
+                note = f"{label}, {task}: over {counted:.0f} of {of:.0f} tasks"
             notes += [note] if note else []
             row.append(Cell(value, len(notes) if note else 0))
         if any(cell.value is not None or cell.note for cell in row):

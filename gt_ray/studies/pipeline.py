@@ -12,18 +12,19 @@ from typing import Any
 import torch
 
 from gt_ray.baselines.controls import CONTROLS, Shadows, ShadowSet
+from gt_ray.baselines.proxy_tuning import share_vocabulary
 from gt_ray.config import Config
 from gt_ray.curation.run import run_fine_tunes
 from gt_ray.curation.study import Study, load_roots
 from gt_ray.errors import UserError
 from gt_ray.evaluation.run import score
 from gt_ray.evaluation.scorer import System
-from gt_ray.evaluation.summary import report_rows, summarise
+from gt_ray.evaluation.summary import by_population, report_rows, summarise
 from gt_ray.grad_transformer.generate import generate_adapter
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.progress import say
 from gt_ray.tasks.data import Client
-from gt_ray.training.run import load_trained, train
+from gt_ray.training.run import LINEAR, load_trained, models, train
 from gt_ray.updates.files import UpdateInfo, read_adapter, read_update, write_atomically, write_update
 from gt_ray.updates.pooling import Pooling
 from gt_ray.updates.store import unit_key
@@ -50,7 +51,8 @@ def curate_stage(study: Study) -> None:
 def train_stage(study: Study) -> None:
     """Section 4.2."""
     with _timed(study, "train"):
-        train(study)
+        for name in models(study):
+            train(study, name)
 
 
 def generate_stage(study: Study) -> None:
@@ -102,6 +104,7 @@ def evaluate_stage(study: Study) -> dict[str, Any]:
         "wall_s": _walls(study),
         "rows": report_rows(results, config.seed),
         "summary": summarise(results),
+        "populations": by_population(results),
     }
     write_atomically(config.run_folder / "report.json", json.dumps(report, indent=1).encode())
     from gt_ray.studies.report import write_html
@@ -147,6 +150,12 @@ def systems(study: Study, model: GradTransformer) -> list[tuple[System, Client]]
     tinylm, llm = study.roots["tinylm"], study.roots["llm"]
     shadows = load_shadows(study, model) if study.config.evaluation.controls else None
     public = {job.task: store.read(job.key)[0][-1] for job in study.public_jobs()} if shadows else {}
+    pair = study.config.pair
+    linear = load_trained(study, LINEAR) if LINEAR in models(study) else None
+    proxy = "proxy_tuning" in study.config.evaluation.baselines
+    if proxy and not share_vocabulary(pair.tinylm.model, pair.llm.model):
+        say("evaluate: no proxy_tuning, for the models' vocabularies differ")
+        proxy = False
     work = []
     for client, ceiling in zip(study.data.clients, study.client_jobs("llm"), strict=True):
         update_S, _ = read_update(update_file(run, client), tinylm)
@@ -157,10 +166,14 @@ def systems(study: Study, model: GradTransformer) -> list[tuple[System, Client]]
             System("base_T", "llm"),
             System("ours", "llm", read_adapter(run / "adapters" / client.name, llm)),
         ]
+        if proxy:
+            found.append(System("proxy_tuning", proxy_Ld=update_S))
         if shadows:
             z_S_P = model.standard_S(update_S).flatten()
             found.append(System("public_sft", "llm", public[client.task]))
             found += [System(name, "llm", control(shadows, z_S_P, client.task)) for name, control in CONTROLS.items()]
+            if linear:
+                found.append(System(LINEAR, "llm", linear.generate(update_S[None])[0]))
         work += [(system, client) for system in found]
     return work
 
@@ -170,7 +183,9 @@ def load_shadows(study: Study, model: GradTransformer) -> Shadows:
     jobs = {side: study.shadow_jobs(side) for side in study.roots}
     sets = {}
     for validation in (False, True):
-        chosen = [i for i, shadow in enumerate(study.shadows) if shadow.validation == validation]
+        chosen = [
+            i for i, shadow in enumerate(study.shadows) if shadow.validation == validation and not shadow.tinylm_only
+        ]
         last = {side: torch.stack([study.store.read(jobs[side][i].key)[0][-1] for i in chosen]) for side in study.roots}
         sets[validation] = ShadowSet(
             last["tinylm"],

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from gt_ray.errors import UserError
 from gt_ray.studies.facts import (
+    GAP,
     LIKELIHOOD,
     RATIOS,
     command_of,
@@ -42,12 +43,12 @@ from gt_ray.updates.files import write_atomically
 UNBOUNDED = 10_000  # columns of an output that is no terminal
 
 
-def print_table(report: dict[str, Any]) -> None:
+def print_table(report: dict[str, Any], ratios: Mapping[str, str] = RATIOS) -> None:
     """Print systems by tasks, scores and ratios in percent, with the reasons for what is absent.
 
     Wide tables are split at a terminal's width; where the output is no terminal, nothing is wrapped.
     """
-    grid, notes = grid_of(report, RATIOS)
+    grid, notes = grid_of(report, ratios)
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, emoji=False, width=UNBOUNDED)
@@ -66,6 +67,13 @@ def print_table(report: dict[str, Any]) -> None:
         console.print(f"({number}) {note}")
     if facts := essentials(report):
         console.print(f"{facts}.")
+
+
+def print_populations(populations: dict[str, Any]) -> None:
+    """Print systems by populations, on average over tasks."""
+    print_table(
+        {"summary": {name: summary["average"] for name, summary in populations.items()}}, RATIOS | LIKELIHOOD | GAP
+    )
 
 
 def write_html(run_folder: Path) -> Path:

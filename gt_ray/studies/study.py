@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
+from pathlib import Path
 from typing import Any
 
 from gt_ray.config import Config, load_config
 from gt_ray.errors import UserError
+from gt_ray.evaluation.run import scores_of_report
+from gt_ray.evaluation.summary import by_population
 from gt_ray.progress import say
 from gt_ray.studies.pipeline import pipeline
 from gt_ray.updates.files import write_atomically
@@ -18,9 +22,13 @@ def run_study(preset: str, common: list[str], cells: list[list[str]], name: str)
 
     All configs are checked before the first cell starts. Cells share the store, so a unit that two need is made once.
 
+    Args:
+        cells: none: those of the preset. Where they differ in their seed alone, `populations` sums up all of them.
+
     Raises:
         UserError: a config is wrong, or two cells are the same.
     """
+    cells = cells or [shlex.split(cell) for cell in load_config(preset, common).cells] or [[]]
     configs = [_cell_config(preset, [*common, *cell], name) for cell in cells]
     hashes = [_content(config) for config in configs]
     if len(set(hashes)) < len(hashes):
@@ -42,7 +50,15 @@ def run_study(preset: str, common: list[str], cells: list[list[str]], name: str)
                 "summary": report["summary"],
             }
         )
-        tree = {"name": name, "preset": preset, "overrides": common, "cells": entries}
+        tree: dict[str, Any] = {"name": name, "preset": preset, "overrides": common, "cells": entries}
+        write_atomically(folder / "study.json", json.dumps(tree, indent=1).encode())
+    if len(cells) > 1 and all(override.startswith("seed=") for cell in cells for override in cell):
+        results = [
+            result
+            for config in configs
+            for result in scores_of_report(config.run_folder, _read(config.run_folder / "report.json"))
+        ]
+        tree["populations"] = by_population(results)
         write_atomically(folder / "study.json", json.dumps(tree, indent=1).encode())
     return tree
 
@@ -54,13 +70,17 @@ def _cell_config(preset: str, overrides: list[str], name: str) -> Config:
 
 
 def _content(config: Config) -> str:
-    return unit_key(config.model_dump(mode="json", exclude={"name", "runs"}))
+    return unit_key(config.model_dump(mode="json", exclude={"name", "runs", "cells"}))
 
 
 def _finished(config: Config, content: str) -> dict[str, Any] | None:
     try:
-        done = json.loads((config.run_folder / "done.json").read_text(encoding="utf-8"))
-        report: dict[str, Any] = json.loads((config.run_folder / "report.json").read_text(encoding="utf-8"))
+        done, report = (_read(config.run_folder / name) for name in ("done.json", "report.json"))
     except (OSError, ValueError):
         return None
     return report if done.get("config") == content else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

@@ -16,7 +16,7 @@ class Population(NamedTuple):
     """A kind of client.
 
     Attributes:
-        domains: one that shadows have; a mixture of several that they have, each shadow one; or one that none has.
+        domains: one that shadows have; a mixture of domains that they have, but no shadow mixes; or one that none has.
         size: private rows, as a share of a shadow's; none: as `clients.samples` says.
         steps: optimizer steps, as a multiple of a shadow's.
     """
@@ -35,6 +35,11 @@ POPULATIONS: dict[PopulationName, Population] = {
 }
 
 
+def shadow_mixtures(seen: Sequence[str]) -> list[tuple[str, ...]]:
+    """The mixtures of domains that shadows may have: the first domain with each of the others."""
+    return [(seen[0], other) for other in seen[1:]]
+
+
 def domain_choices(population: Population, seen: Sequence[str], unseen: Sequence[str]) -> list[tuple[str, ...]]:
     """The domains that a client's rows may have; the clients of a population take turns.
 
@@ -43,7 +48,8 @@ def domain_choices(population: Population, seen: Sequence[str], unseen: Sequence
         unseen: those that none has.
     """
     if population.domains == "mixture":
-        return [chosen for n in range(2, len(seen) + 1) for chosen in combinations(seen, n)]
+        mixtures = [chosen for n in range(2, len(seen) + 1) for chosen in combinations(seen, n)]
+        return [mixture for mixture in mixtures if mixture not in shadow_mixtures(seen)]
     return [(domain,) for domain in (seen if population.domains == "seen" else unseen)]
 
 

@@ -1,14 +1,11 @@
-"""The Ray Train loop: teacher forcing on the training tuples, checkpoints, best by validation loss, resume."""
+"""Training the Grad-Transformer of a study on Ray Train: checkpoints, best by validation, resume."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import signal
-import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,41 +15,58 @@ from typing import Any
 import torch
 
 from gt_ray.cluster import connect
-from gt_ray.config import TrainingSettings
+from gt_ray.config import GradTransformerSettings
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
-from gt_ray.grad_transformer.network import GradTransformer, block_loss, make_phi
+from gt_ray.grad_transformer.network import GradTransformer, make_phi
 from gt_ray.progress import bar, say
+from gt_ray.training.behaviour import LlmActors
 from gt_ray.training.tuples import (
     UNITS_A_TASK,
     epoch_rows,
+    input_keys,
+    last_updates,
+    load_inputs,
     load_tuples,
-    pool_at_random,
     shadow_keys,
     side_chunks,
 )
+from gt_ray.training.worker import BEHAVIOUR_BATCH, HISTORY, STATE, train_worker
 from gt_ray.updates.files import write_atomically
 from gt_ray.updates.store import unit_key
 
-STATE, HISTORY = "training.json", "history.json"
+MODEL, LINEAR = "grad_transformer", "linear_behaviour"
+"""Folders of a study's models: its Grad-Transformer, and the control that is the linear path alone."""
 
 
-def train(study: Study) -> Path:
-    """Train the Grad-Transformer of a study; returns the folder of its best checkpoint.
+def models(study: Study) -> dict[str, GradTransformerSettings]:
+    """What a study trains: its Grad-Transformer, and where that is trained on behaviour the linear path alone with the
+    same loss, data and steps, to tell what the network adds."""
+    settings, controls = study.config.grad_transformer, study.config.evaluation.controls
+    found = {MODEL: settings}
+    if settings.phi is not None and settings.linear_rank and settings.training.behaviour.steps and controls:
+        found[LINEAR] = settings.model_copy(update={"phi": None})
+    return found
+
+
+def train(study: Study, name: str = MODEL) -> Path:
+    """Train one of the study's `models`; returns the folder of its best checkpoint.
 
     A finished training is not repeated; an interrupted one goes on from its last checkpoint.
 
     Raises:
         UserError: curation has not run.
     """
-    settings = study.config.grad_transformer
-    out = study.config.run_folder / "grad_transformer"
+    settings = models(study)[name]
+    out = study.config.run_folder / name
     keys = {validation: shadow_keys(study, validation) for validation in (False, True)}
-    if missing := study.store.missing([row[side] for rows in keys.values() for row in rows for side in ("S", "T")]):
+    needed = [row[side] for rows in keys.values() for row in rows for side in ("S", "T")]
+    needed += [row["S"] for row in input_keys(study)]
+    if missing := study.store.missing(list(dict.fromkeys(needed))):
         raise UserError(
             f"{len(missing)} units are missing from {study.config.store}, such as {missing[0]}; curate first"
         )
-    trained_by = training_key(study)
+    trained_by = training_key(study, settings)
     if _finished(out, trained_by):
         say(f"train: nothing to do, {out} is trained")
         return out
@@ -62,40 +76,58 @@ def train(study: Study) -> Path:
 
     start = study.config.run_folder / "training" / f"start-{trained_by[:12]}"
     if not (start / "config.json").is_file():
-        _initial_model(study, keys[False]).save(start)
+        _initial_model(study, settings, keys).save(start)
     training = settings.training
     progress_file = (study.config.run_folder / "training" / "step").resolve()
     n_tuples = len(keys[False]) * study.config.curation.snapshots
-    if training.batch_size % training.workers:
-        raise UserError(f"training.batch_size={training.batch_size} does not divide among {training.workers} workers")
+    for name, size in (("batch_size", training.batch_size), ("behaviour.adapters", training.behaviour.adapters)):
+        if size % training.workers:
+            raise UserError(f"training.{name}={size} does not divide among {training.workers} workers")
     # Each worker gets an equal share of the tuples and drops what does not fill its last batch.
-    total = (training.epochs * n_tuples // training.workers) // (training.batch_size // training.workers)
-    if total == 0:
+    each = training.batch_size // training.workers
+    steps = (training.epochs * n_tuples // training.workers) // each
+    if steps == 0:
         raise UserError(
             f"{n_tuples} tuples are fewer than one batch of {training.batch_size}; lower training.batch_size"
         )
-    say(f"train: {n_tuples} tuples, {training.epochs} epochs, {total} optimizer steps")
-    rows = epoch_rows(keys[False], range(training.epochs), training.seed + study.config.seed)
-    load = partial(load_tuples, store=study.store, seed=training.seed + study.config.seed)
+    total = steps + training.behaviour.steps
+    behaviour = f", {training.behaviour.steps} of them on behaviour" if training.behaviour.steps else ""
+    what = "the Grad-Transformer" if settings.phi else "the linear path alone"
+    say(f"train: {what}, {n_tuples} tuples, {training.epochs} epochs, {total} optimizer steps{behaviour}")
+    seed = training.seed + study.config.seed
+    rows = epoch_rows(keys[False], range(training.epochs), seed)
+    load = partial(load_tuples, store=study.store, seed=seed)
     streams = {
         "train": ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // (8 * UNITS_A_TASK))).map_batches(
             load, fn_kwargs={"last_only": False}, batch_size=UNITS_A_TASK, num_cpus=0.5
         ),
         "validation": ray.data.from_items(keys[True]).map_batches(load, fn_kwargs={"last_only": True}, num_cpus=0.5),
     }
+    llm = None
+    if training.behaviour.steps:
+        inputs = input_keys(study)
+        wanted = training.behaviour.steps * training.behaviour.adapters * BEHAVIOUR_BATCH
+        rows = epoch_rows(inputs, range(wanted // len(inputs) + 2), seed)
+        streams["behaviour"] = ray.data.from_items(
+            rows, override_num_blocks=max(1, len(rows) // (8 * UNITS_A_TASK))
+        ).map_batches(load_inputs, fn_kwargs={"store": study.store}, batch_size=UNITS_A_TASK, num_cpus=0.5)
+        llm = LlmActors.start(study, training.behaviour.workers)
+    best_by = "validation_behaviour" if llm else "validation_generated"
     trainer = TorchTrainer(
-        _worker,
+        train_worker,
         train_loop_config={
             "start": str(start.resolve()),
             "training": training.model_dump(mode="json"),
-            "seed": training.seed + study.config.seed,
+            "seed": seed,
             "steps": total,
+            "llm": llm,
             "checkpoint_steps": max(1, training.checkpoint_epochs * n_tuples // training.batch_size),
             "progress": str(progress_file),
-            "events": str((study.config.run_folder / "events").resolve()),
+            "events": str((study.config.run_folder / "events" / name).resolve()),
         },
         datasets=streams,
-        dataset_config=DataConfig(datasets_to_split=["train"]),  # every worker validates on all validation tuples
+        # Every worker validates on all validation tuples.
+        dataset_config=DataConfig(datasets_to_split=[name for name in streams if name != "validation"]),
         scaling_config=ScalingConfig(
             num_workers=training.workers,
             use_gpu=training.num_gpus > 0,
@@ -109,7 +141,7 @@ def train(study: Study) -> Path:
             storage_path=str((study.config.run_folder / "training").resolve()),
             failure_config=FailureConfig(max_failures=3),
             checkpoint_config=CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute="validation_generated", checkpoint_score_order="min"
+                num_to_keep=2, checkpoint_score_attribute=best_by, checkpoint_score_order="min"
             ),
         ),
     )
@@ -119,7 +151,9 @@ def train(study: Study) -> Path:
             result = trainer.fit()
     finally:
         signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own, which later stages would be deaf by
-    best, metrics = min(result.best_checkpoints, key=lambda pair: pair[1]["validation_generated"])
+        if llm:
+            llm.close()
+    best, metrics = min(result.best_checkpoints, key=lambda pair: pair[1][best_by])
     partial_out = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial_out, ignore_errors=True)
     with best.as_directory() as folder:
@@ -161,26 +195,26 @@ def _followed(progress_file: Path, total: int) -> Iterator[None]:
             thread.join()
 
 
-def training_key(study: Study) -> str:
-    """Hash of all that a Grad-Transformer's training depends on."""
+def training_key(study: Study, settings: GradTransformerSettings) -> str:
+    """Hash of all that a training depends on."""
     units = [row for validation in (False, True) for row in shadow_keys(study, validation)]
-    settings = study.config.grad_transformer.model_dump(mode="json")
-    return unit_key({"settings": settings, "units": units, "seed": study.config.seed})
+    units += input_keys(study) if settings.training.behaviour.steps else []
+    return unit_key({"settings": settings.model_dump(mode="json"), "units": units, "seed": study.config.seed})
 
 
-def load_trained(study: Study) -> GradTransformer:
-    """The study's trained Grad-Transformer.
+def load_trained(study: Study, name: str = MODEL) -> GradTransformer:
+    """One of the study's trained `models`.
 
     Raises:
         UserError: there is none, or it was trained with other settings or on other shadows than the study has now.
     """
-    out = study.config.run_folder / "grad_transformer"
+    out = study.config.run_folder / name
     model = GradTransformer.load(out)
     try:
         trained_by = json.loads((out / STATE).read_text(encoding="utf-8")).get("trained_by")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{out / STATE} is absent or damaged ({error}); train again") from error
-    if trained_by != training_key(study):
+    if trained_by != training_key(study, models(study)[name]):
         raise UserError(
             f"{out} was trained with other settings than this study's; train again, or give it another name="
         )
@@ -196,139 +230,19 @@ def _finished(out: Path, trained_by: str) -> bool:
     return bool(state.get("trained_by") == trained_by)
 
 
-def _initial_model(study: Study, keys: list[dict[str, Any]]) -> GradTransformer:
-    """The network before training, standardised on the training tuples."""
-    settings = study.config.grad_transformer
+def _initial_model(
+    study: Study, settings: GradTransformerSettings, keys: dict[bool, list[dict[str, Any]]]
+) -> GradTransformer:
+    """The network before training: standardised on the training tuples, its linear path fitted to the shadows."""
     torch.manual_seed(settings.training.seed + study.config.seed)
     layout_S, layout_T = study.roots["tinylm"].layout, study.roots["llm"].layout
     roots: dict[str, str] = {side: root.hash for side, root in study.roots.items()}
-    model = GradTransformer(layout_S, layout_T, make_phi(settings.phi), roots, settings.input_clip)
-    model.standard_S.fit(side_chunks(study.store, keys, "S"), layout_S, settings.scale_floor)
-    model.standard_T.fit(side_chunks(study.store, keys, "T"), layout_T, settings.scale_floor)
+    rank = min(settings.linear_rank, len(keys[False]) - 1)
+    phi = make_phi(settings.phi) if settings.phi else None
+    model = GradTransformer(layout_S, layout_T, phi, roots, settings.input_clip, rank)
+    model.standard_S.fit(side_chunks(study.store, keys[False], "S"), layout_S, settings.scale_floor)
+    model.standard_T.fit(side_chunks(study.store, keys[False], "T"), layout_T, settings.scale_floor)
+    if model.linear is not None:
+        training, validation = (last_updates(study.store, keys[held_out]) for held_out in (False, True))
+        model.fit_linear(training, validation)
     return model
-
-
-def _worker(config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
-    import ray.train
-    import ray.train.torch
-    from torch.utils.tensorboard import SummaryWriter
-
-    settings = TrainingSettings.model_validate(config["training"])
-    context = ray.train.get_context()
-    world, rank = context.get_world_size(), context.get_world_rank()
-    model = GradTransformer.load(Path(config["start"])).train()
-    trained = ray.train.torch.prepare_model(model)  # moves the model, so before the optimizer takes its parameters
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    warmup = max(1, round(settings.warmup_share * config["steps"]))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: min((s + 1) / warmup, max(0.0, (config["steps"] - s) / max(1, config["steps"] - warmup))),
-    )
-    done = 0
-    history: list[dict[str, float]] = []
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            done, history = _restore(Path(folder), model, optimizer, schedule)
-    device = ray.train.torch.get_device()
-    validation = _validation_tuples(device)
-    writer = SummaryWriter(config["events"]) if rank == 0 else None
-    batches = ray.train.get_dataset_shard("train").iter_torch_batches(
-        batch_size=settings.batch_size // world, device=device, drop_last=True, prefetch_batches=2
-    )
-    losses: list[float] = []
-    started = time.perf_counter()
-    for step, batch in enumerate(batches):
-        if step >= config["steps"]:
-            break
-        if step < done:  # the data of steps that a checkpoint already holds
-            continue
-        step_seed = config["seed"] * 1_000_003 + step * world + rank
-        torch.manual_seed(step_seed)  # dropout
-        generator = torch.Generator().manual_seed(step_seed)
-        update_S, update_T = pool_at_random(
-            batch["S"].float(), batch["T"].float(), batch["task"].cpu(), settings.pool_max, generator
-        )
-        loss = block_loss(trained(update_S, update_T), model.standard_T(update_T))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        if rank == 0 and step % 10 == 0:
-            Path(config["progress"]).write_text(str(step + 1))
-        last = step + 1 == config["steps"]
-        if last or (step + 1) % config["checkpoint_steps"] == 0:
-            metrics = {
-                "step": step + 1,
-                "loss": math.fsum(losses) / len(losses),
-                **_validate(model, validation),
-                "wall_s": time.perf_counter() - started,
-            }
-            losses.clear()
-            history.append(metrics)
-            if writer:
-                for name, value in metrics.items():
-                    writer.add_scalar(f"train/{name}", value, step + 1)
-            with tempfile.TemporaryDirectory() as folder:
-                if rank == 0:
-                    _save(Path(folder), model, optimizer, schedule, history)
-                    ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-                else:
-                    ray.train.report(metrics)
-    if writer:
-        writer.close()
-
-
-def _validation_tuples(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    import ray.train
-
-    batches = list(ray.train.get_dataset_shard("validation").iter_torch_batches(batch_size=64, device=device))
-    return torch.cat([batch["S"] for batch in batches]), torch.cat([batch["T"] for batch in batches])
-
-
-@torch.no_grad()
-def _validate(model: GradTransformer, tuples: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
-    """Losses on validation shadows: Eq. 10, and of free-running generation relative to the mean update's."""
-    model.eval()
-    update_S, update_T = tuples
-    target = model.standard_T(update_T)
-    teacher_forced = block_loss(model(update_S, update_T), target)
-    generated = block_loss(model.generate_standardised(update_S), target)
-    of_mean = block_loss(torch.zeros_like(target), target)
-    model.train()
-    return {
-        "validation_loss": float(teacher_forced),
-        "validation_generated": float(generated / of_mean),
-    }
-
-
-def _save(folder: Path, model: GradTransformer, optimizer: Any, schedule: Any, history: list[dict[str, float]]) -> None:
-    model.save(folder / "model")
-    # Optimizer state as safetensors too: no pickle anywhere.
-    from safetensors.torch import save_file
-
-    state = optimizer.state_dict()["state"]
-    save_file(
-        {f"{i}.{name}": value.contiguous() for i, entry in state.items() for name, value in entry.items()},
-        folder / "optimizer.safetensors",
-    )
-    (folder / HISTORY).write_text(json.dumps(history), encoding="utf-8")
-    (folder / STATE).write_text(json.dumps({"step": schedule.last_epoch}), encoding="utf-8")
-
-
-def _restore(folder: Path, model: GradTransformer, optimizer: Any, schedule: Any) -> tuple[int, list[dict[str, float]]]:
-    from safetensors.torch import load_file
-
-    model.load_state_dict(load_file(folder / "model" / "model.safetensors"))
-    entries: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in load_file(folder / "optimizer.safetensors").items():
-        number, _, part = name.partition(".")
-        entries.setdefault(int(number), {})[part] = value
-    step = int(json.loads((folder / STATE).read_text(encoding="utf-8"))["step"])
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-    schedule.last_epoch = step
-    for group, rate in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
-        group["lr"] = rate * schedule.lr_lambdas[0](step)
-    return step, json.loads((folder / HISTORY).read_text(encoding="utf-8"))

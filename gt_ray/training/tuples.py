@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gt_ray.curation.jobs import Side
 from gt_ray.curation.study import Study
 from gt_ray.updates.store import UpdateStore
 
@@ -22,19 +21,21 @@ UNITS_A_TASK = 24
 
 
 def shadow_keys(study: Study, validation: bool) -> list[dict[str, Any]]:
-    """Keys of both units of each training or validation shadow, with its task."""
-    sides: tuple[Side, Side] = ("tinylm", "llm")
-    jobs = {side: study.shadow_jobs(side) for side in sides}
-    rows: list[dict[str, Any]] = [
-        {
-            "S": jobs["tinylm"][i].key,
-            "T": jobs["llm"][i].key,
-            "task": study.config.data.tasks.index(shadow.task),
-        }
+    """Keys of both units of each training or validation shadow, with its task and number."""
+    jobs_T = study.shadow_jobs("llm")
+    return [
+        {**row, "T": jobs_T[row["shadow"]].key} for row in input_keys(study, validation) if row["shadow"] < len(jobs_T)
+    ]
+
+
+def input_keys(study: Study, validation: bool = False) -> list[dict[str, Any]]:
+    """Key of the TinyLM's unit of each training or validation shadow, those of the TinyLM alone among them."""
+    jobs_S = study.shadow_jobs("tinylm")
+    return [
+        {"S": jobs_S[i].key, "task": study.config.data.tasks.index(shadow.task), "shadow": i}
         for i, shadow in enumerate(study.shadows)
         if shadow.validation == validation
     ]
-    return rows
 
 
 def epoch_rows(keys: list[dict[str, Any]], epochs: range, seed: int) -> list[dict[str, Any]]:
@@ -46,16 +47,17 @@ def load_tuples(batch: dict[str, Any], store: UpdateStore, last_only: bool, seed
     """Ray Data task: read shadows' units, join them on the snapshot, mix the tuples of the batch.
 
     Returns:
-        Columns `S` [N, L_S, d_S], `T` [N, L_T, d_T] float32 and `task` [N].
+        Columns `S` [N, L_S, d_S], `T` [N, L_T, d_T] float32, `task` and `shadow` [N].
     """
-    all_S, all_T, tasks = [], [], []
-    for key_S, key_T, task in zip(batch["S"], batch["T"], batch["task"], strict=True):
+    all_S, all_T, tasks, shadows = [], [], [], []
+    for key_S, key_T, task, shadow in zip(batch["S"], batch["T"], batch["task"], batch["shadow"], strict=True):
         snapshots_S, snapshots_T = join(store, key_S, key_T)
         if last_only:
             snapshots_S, snapshots_T = snapshots_S[-1:], snapshots_T[-1:]
         all_S.append(snapshots_S)
         all_T.append(snapshots_T)
         tasks += [task] * len(snapshots_S)
+        shadows += [shadow] * len(snapshots_S)
     order = list(range(len(tasks)))
     if not last_only:
         random.Random("/".join([str(seed), *batch["S"]])).shuffle(order)
@@ -63,7 +65,14 @@ def load_tuples(batch: dict[str, Any], store: UpdateStore, last_only: bool, seed
         "S": torch.cat(all_S)[order].numpy(),
         "T": torch.cat(all_T)[order].numpy(),
         "task": np.asarray(tasks)[order],
+        "shadow": np.asarray(shadows)[order],
     }
+
+
+def load_inputs(batch: dict[str, Any], store: UpdateStore) -> dict[str, Any]:
+    """Ray Data task: the last S updates of shadows; columns `S` [N, L_S, d_S], `task` and `shadow` [N]."""
+    last = [store.read(key, verify=False)[0][-1] for key in batch["S"]]
+    return {"S": torch.stack(last).numpy(), "task": batch["task"], "shadow": batch["shadow"]}
 
 
 def join(store: UpdateStore, key_S: str, key_T: str) -> tuple[Tensor, Tensor]:
@@ -78,27 +87,30 @@ def join(store: UpdateStore, key_S: str, key_T: str) -> tuple[Tensor, Tensor]:
     )
 
 
+def last_updates(store: UpdateStore, keys: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """The last updates of shadows: S [K, L_S, d_S] and T [K, L_T, d_T]."""
+    last = [tuple(snapshots[-1] for snapshots in join(store, row["S"], row["T"])) for row in keys]
+    return torch.stack([update_S for update_S, _ in last]), torch.stack([update_T for _, update_T in last])
+
+
 def side_chunks(store: UpdateStore, keys: list[dict[str, Any]], side: str) -> Iterator[Tensor]:
     """All snapshots of one side, a unit at a time, for fitting the standardiser."""
     for row in keys:
         yield join(store, row["S"], row["T"])[0 if side == "S" else 1]
 
 
-def pool_at_random(
-    update_S_NLd: Tensor, update_T_NLd: Tensor, task_N: Tensor, pool_max: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Replace each tuple by the mean of 1 to `pool_max` tuples of its task in the batch (decision 7).
+def mixing_weights(task_N: Tensor, pool_max: int, generator: torch.Generator) -> Tensor:
+    """Weights [N, N] that replace each tuple by a mean of 1 to `pool_max` tuples of its task in the batch (decision 7).
 
     A pooled input has less variance than a single one, and mixtures of domains fill the space between the shadows.
     """
     N = len(task_N)
     if pool_max == 1 or N == 1:
-        return update_S_NLd, update_T_NLd
+        return torch.eye(N)
     same_NN = (task_N[:, None] == task_N[None, :]).float()
     partners_NP = torch.multinomial(same_NN, pool_max - 1, replacement=True, generator=generator)
     members = torch.randint(1, pool_max + 1, (N, 1), generator=generator)
     weights_NP = torch.cat([torch.ones(N, 1), (torch.arange(1, pool_max)[None] < members).float()], 1)
     weights_NP = weights_NP / weights_NP.sum(1, keepdim=True)
     members_NP = torch.cat([torch.arange(N)[:, None], partners_NP], 1)
-    mix_NN = torch.zeros(N, N).scatter_add_(1, members_NP, weights_NP).to(update_S_NLd.device)
-    return torch.einsum("nm,mld->nld", mix_NN, update_S_NLd), torch.einsum("nm,mld->nld", mix_NN, update_T_NLd)
+    return torch.zeros(N, N).scatter_add_(1, members_NP, weights_NP)

@@ -13,6 +13,7 @@ from gt_ray.curation.plan import Shadow, plan_content, plan_shadows
 from gt_ray.errors import UserError
 from gt_ray.tasks.data import TaskData, load_data
 from gt_ray.tasks.embedded import DOMAINS
+from gt_ray.tasks.populations import POPULATIONS, domain_choices
 
 TASKS = ("gsm8k", "samsum", "drop")
 
@@ -186,3 +187,33 @@ def test_files_without_domains_are_planned_by_task(tmp_path: Path) -> None:
     config = config_of("data.source=files", f"data.folder={tmp_path}", "data.tasks=[gsm8k]")
     shadows = plan_shadows(config, load_data(config))
     assert {(shadow.task, shadow.domain) for shadow in shadows} == {("gsm8k", "")}
+
+
+def test_every_other_shadow_mixes_two_domains_and_none_mixes_as_clients_do(data: TaskData) -> None:
+    shadows = plan(data, "curation.plan=mixtures", "curation.shadows=120")
+    for validation in (False, True):
+        mine = [shadow for shadow in shadows if shadow.validation == validation]
+        assert sum("+" in shadow.domain for shadow in mine) == len(mine) // 2
+        assert {task for task, domain in {(s.task, s.domain) for s in mine if "+" in s.domain}} == set(TASKS)
+    clients = set(domain_choices(POPULATIONS["unseen_mixture"], DOMAINS, ()))
+    shares = []
+    for shadow in shadows:
+        rows = data.rows(shadow.task, shadow.split, shadow.positions)
+        counts = Counter(row["domain"] for row in rows)
+        assert len(set(shadow.positions)) == len(rows) == 16 and set(counts) == set(shadow.domain.split("+"))
+        if len(counts) > 1:
+            assert tuple(shadow.domain.split("+")) not in clients
+            shares.append(counts[shadow.domain.split("+")[0]] / 16)
+    assert min(shares) >= 0.15 and max(shares) <= 0.85 and len(set(shares)) > 5
+    pure = [shadow for shadow in shadows if "+" not in shadow.domain]
+    assert {(shadow.task, shadow.domain) for shadow in pure} == {(t, d) for t in TASKS for d in DOMAINS}
+
+
+def test_shadows_of_the_tinylm_alone_come_last_train_only_and_keep_their_rows(data: TaskData) -> None:
+    few = plan(data, "curation.shadows=40", "curation.tinylm_shadows=20")
+    more = plan(data, "curation.shadows=60", "curation.tinylm_shadows=30")
+    assert [shadow.tinylm_only for shadow in few] == [False] * 40 + [True] * 20
+    assert few[:40] == plan(data, "curation.shadows=40") and few[40:] == more[60:80]
+    alone = few[40:]
+    assert not any(shadow.validation for shadow in alone) and len({shadow.seed for shadow in few}) == 60
+    assert {shadow.task for shadow in alone} == set(TASKS)

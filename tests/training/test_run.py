@@ -12,7 +12,8 @@ from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.network import GradTransformer, make_phi
 from gt_ray.studies.pipeline import curate_stage
-from gt_ray.training.run import _restore, _save, train
+from gt_ray.training.run import train
+from gt_ray.training.worker import restore, save
 from tests.conftest import tiny_config
 from tests.grad_transformer.test_network import LAYOUT_S, LAYOUT_T, PHI
 
@@ -22,17 +23,21 @@ from tests.grad_transformer.test_network import LAYOUT_S, LAYOUT_T, PHI
 def test_training_learns_resumes_and_is_not_repeated(
     tiny_pair: tuple[Path, Path], tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study = Study.load(tiny_config(tiny_pair, tmp_path, "grad_transformer.training.learning_rate=1e-2"))
+    recipe = ["linear_rank=4", "training.learning_rate=1e-2", "training.batch_size=4"]
+    recipe += ["training.behaviour.steps=4", "training.behaviour.adapters=3", "training.behaviour.rows=2"]
+    overrides = ["training.behaviour.workers=2", "training.behaviour.learning_rate=1e-2", *recipe]
+    study = Study.load(tiny_config(tiny_pair, tmp_path, *(f"grad_transformer.{override}" for override in overrides)))
     with pytest.raises(UserError, match=r"24 units are missing .* curate first"):
         train(study)
     curate_stage(study)
     out = train(study)
     history = json.loads((out / "history.json").read_text())
-    assert [entry["step"] for entry in history] == [6, 12]
-    assert history[-1]["loss"] < history[0]["loss"]
+    assert [entry["step"] for entry in history] == [6, 12, 16]
+    assert history[1]["loss"] < history[0]["loss"] and "loss" not in history[2]
+    assert history[2]["validation_behaviour"] < history[1]["validation_behaviour"]
     model = GradTransformer.load(out)
     assert model.roots == {side: root.hash for side, root in study.roots.items()}
-    assert list((study.config.run_folder / "events").glob("events.*"))
+    assert list((study.config.run_folder / "events" / "grad_transformer").glob("events.*"))
     capsys.readouterr()
     train(study)
     assert "train: nothing to do" in capsys.readouterr().err
@@ -77,8 +82,8 @@ def test_a_checkpoint_restores_model_optimizer_and_schedule(tmp_path: Path) -> N
     straight, interrupted, resumed = _make(), _make(), _make()
     _steps(straight, 4)
     _steps(interrupted, 2)
-    _save(tmp_path, *interrupted, [{"step": 2.0}])
-    assert _restore(tmp_path, *resumed) == (2, [{"step": 2.0}])
+    save(tmp_path, *interrupted, [{"step": 2.0}])
+    assert restore(tmp_path, *resumed) == (2, [{"step": 2.0}])
     _steps(resumed, 2)
     for name, tensor in straight[0].state_dict().items():
         assert torch.allclose(tensor, resumed[0].state_dict()[name], atol=1e-6), name

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gt_ray.training.tuples import epoch_rows, join, load_tuples, pool_at_random
+from gt_ray.training.tuples import epoch_rows, join, last_updates, load_tuples, mixing_weights
 from gt_ray.updates.store import UnitMeta, UpdateStore
 
 
@@ -28,14 +28,22 @@ def test_tuples_join_on_steps_from_the_end(tmp_path: Path) -> None:
 
 def test_a_batch_keeps_tuples_together_and_its_order_depends_on_the_seed_alone(tmp_path: Path) -> None:
     store = _store(tmp_path, {f"{side}{k}": [3, 2, 1, 0] for side in "st" for k in range(3)})
-    batch = {"S": ["s0", "s1", "s2"], "T": ["t0", "t1", "t2"], "task": np.array([0, 1, 1])}
+    batch = {"S": ["s0", "s1", "s2"], "T": ["t0", "t1", "t2"], "task": np.array([0, 1, 1]), "shadow": np.arange(3)}
     first = load_tuples(batch, store, last_only=False, seed=0)
     again = load_tuples(batch, store, last_only=False, seed=0)
     assert first["S"].shape == (12, 1, 2)
     assert (first["S"] - 100 == first["T"]).all()
     assert (first["S"] == again["S"]).all() and (first["task"] == again["task"]).all()
+    assert [first["task"][first["shadow"] == k].tolist() for k in range(3)] == [[0] * 4, [1] * 4, [1] * 4]
     assert (load_tuples(batch, store, last_only=False, seed=1)["T"] != first["T"]).any()
     assert load_tuples(batch, store, last_only=True, seed=0)["T"].max() == 0
+
+
+def test_the_last_updates_of_shadows_are_those_at_step_0(tmp_path: Path) -> None:
+    store = _store(tmp_path, {"s": [4, 2, 0], "t": [2, 0]})
+    update_S, update_T = last_updates(store, [{"S": "s", "T": "t"}] * 2)
+    assert update_S.shape == update_T.shape == (2, 1, 2) and set(update_S.flatten().tolist()) == {100}
+    assert set(update_T.flatten().tolist()) == {0}
 
 
 def test_every_epoch_has_every_shadow_in_an_order_of_its_own() -> None:
@@ -47,10 +55,8 @@ def test_every_epoch_has_every_shadow_in_an_order_of_its_own() -> None:
 
 def test_pooling_averages_tuples_of_one_task() -> None:
     N, tasks = 40, torch.tensor([0, 1] * 20)
-    S = torch.nn.functional.one_hot(torch.arange(N), N).float()[:, None]  # tells who is in the pool
-    pooled_S, pooled_T = pool_at_random(S, S * 2, tasks, 3, torch.Generator().manual_seed(0))
-    weights = pooled_S[:, 0]
-    assert torch.allclose(weights.sum(1), torch.ones(N)) and torch.equal(pooled_T, pooled_S * 2)
+    weights = mixing_weights(tasks, 3, torch.Generator().manual_seed(0))
+    assert torch.allclose(weights.sum(1), torch.ones(N))
     for n in range(N):
         assert weights[n, n] > 0
         assert all(tasks[m] == tasks[n] for m in weights[n].nonzero()[:, 0])
@@ -59,6 +65,4 @@ def test_pooling_averages_tuples_of_one_task() -> None:
 
 
 def test_no_pooling_changes_nothing() -> None:
-    S = torch.randn(3, 1, 2)
-    pooled, _ = pool_at_random(S, S, torch.zeros(3), 1, torch.Generator())
-    assert pooled is S
+    assert torch.equal(mixing_weights(torch.zeros(3), 1, torch.Generator()), torch.eye(3))

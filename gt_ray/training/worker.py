@@ -1,0 +1,248 @@
+"""What each Ray Train worker runs: optimizer steps, validation, checkpoints.
+
+Steps come in two phases: Eq. 10 under teacher forcing, then the behaviour loss of freely generated updates, if any.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gt_ray.config import BehaviourSettings, TrainingSettings
+from gt_ray.grad_transformer.network import GradTransformer, block_loss
+from gt_ray.training.behaviour import Draw, LlmActors
+from gt_ray.training.tuples import mixing_weights
+
+STATE, HISTORY = "training.json", "history.json"
+BEHAVIOUR_BATCH = 4
+"""Inputs of a behaviour step for each update that is generated: partners to mix it with."""
+VALIDATION_ROWS = 16
+"""Rows of a validation shadow that the behaviour of its generated update is measured on."""
+
+
+@dataclass
+class Tuples:
+    """A batch: updates S [N, L_S, d_S], T [N, L_T, d_T] unless inputs are enough, and task and shadow [N] of each."""
+
+    S_NLd: Tensor
+    T_NLd: Tensor
+    task_N: Tensor
+    shadow_N: Tensor
+
+    @classmethod
+    def of(cls, batch: dict[str, Tensor]) -> Tuples:
+        """From the columns that `load_tuples` or `load_inputs` makes."""
+        S_NLd = batch["S"].float()
+        T_NLd = batch["T"].float() if "T" in batch else S_NLd[:, :0]
+        return cls(S_NLd, T_NLd, batch["task"].cpu(), batch["shadow"].cpu())
+
+    def mixed(self, weights_MN: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixtures of these tuples."""
+        weights_MN = weights_MN.to(self.S_NLd.device)
+        return torch.einsum("mn,nld->mld", weights_MN, self.S_NLd), torch.einsum("mn,nld->mld", weights_MN, self.T_NLd)
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Train from the model in `config["start"]`, or from Ray Train's last checkpoint; report checkpoints."""
+    import ray.train
+    import ray.train.torch
+    from torch.utils.tensorboard import SummaryWriter
+
+    settings = TrainingSettings.model_validate(config["training"])
+    llm: LlmActors | None = config["llm"]
+    context = ray.train.get_context()
+    world, rank = context.get_world_size(), context.get_world_rank()
+    model = GradTransformer.load(Path(config["start"])).train()
+    trained = ray.train.torch.prepare_model(model)  # moves the model, so before the optimizer takes its parameters
+    steps, first_behaviour = config["steps"], config["steps"] - settings.behaviour.steps
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, settings))
+    done = 0
+    history: list[dict[str, float]] = []
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            done, history = restore(Path(folder), model, optimizer, schedule)
+    device = ray.train.torch.get_device()
+    validation = _validation_tuples(device)
+    writer = SummaryWriter(config["events"]) if rank == 0 else None
+    size = settings.behaviour.adapters // world
+    batches = itertools.chain(
+        itertools.islice(_batches("train", settings.batch_size // world, device), first_behaviour),
+        _batches("behaviour", BEHAVIOUR_BATCH * size, device) if llm else (),
+    )
+    losses: list[float] = []
+    started = time.perf_counter()
+    # The data of steps that a checkpoint already holds are passed over.
+    for step, batch in itertools.islice(enumerate(batches), done, steps):
+        step_seed = config["seed"] * 1_000_003 + step * world + rank
+        torch.manual_seed(step_seed)  # dropout
+        generator = torch.Generator().manual_seed(step_seed)
+        tuples = Tuples.of(batch)
+        weights_NN = mixing_weights(tuples.task_N, settings.pool_max, generator)
+        optimizer.zero_grad()
+        if step < first_behaviour:
+            update_S, update_T = tuples.mixed(weights_NN)
+            loss = block_loss(trained(update_S, update_T), model.standard_T(update_T))
+            loss.backward()
+            losses.append(loss.item())
+        else:
+            assert llm is not None
+            losses.append(behave(trained, model, tuples, weights_NN[:size], settings.behaviour, llm, generator))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        optimizer.step()
+        schedule.step()
+        if rank == 0 and step % 10 == 0:
+            Path(config["progress"]).write_text(str(step + 1))
+        ends_phase = step + 1 in (first_behaviour, steps)
+        if ends_phase or (step + 1) % config["checkpoint_steps"] == 0:
+            metrics = {
+                "step": step + 1,
+                "behaviour" if step >= first_behaviour else "loss": math.fsum(losses) / len(losses),
+                **validate(model, validation, llm),
+                "wall_s": time.perf_counter() - started,
+            }
+            losses.clear()
+            history.append(metrics)
+            if writer:
+                for name, value in metrics.items():
+                    writer.add_scalar(f"train/{name}", value, step + 1)
+            with tempfile.TemporaryDirectory() as folder:
+                if rank == 0:
+                    save(Path(folder), model, optimizer, schedule, history)
+                    ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+                else:
+                    ray.train.report(metrics)
+    if writer:
+        writer.close()
+
+
+def _batches(name: str, size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    import ray.train
+
+    shard = ray.train.get_dataset_shard(name)
+    yield from shard.iter_torch_batches(batch_size=size, device=device, drop_last=True, prefetch_batches=2)
+
+
+def learning_rate(step: int, steps: int, settings: TrainingSettings) -> float:
+    """Each phase warms up linearly and decays linearly to zero."""
+    behaviour = settings.behaviour
+    first_behaviour = steps - behaviour.steps
+    if step < first_behaviour:
+        peak, step, steps = settings.learning_rate, step, first_behaviour
+    else:
+        peak, step, steps = behaviour.learning_rate, step - first_behaviour, behaviour.steps
+    warmup = max(1, round(settings.warmup_share * steps))
+    return peak * min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
+
+
+def behave(
+    trained: Any,
+    model: GradTransformer,
+    tuples: Tuples,
+    weights_GN: Tensor,
+    settings: BehaviourSettings,
+    llm: LlmActors,
+    generator: torch.Generator,
+) -> float:
+    """Gradients of the mean behaviour loss of G generated updates; returns the loss.
+
+    Generation runs freely, for teacher forcing would leak the true update (decision 9).
+
+    Args:
+        trained: the model, perhaps wrapped for data-parallel training.
+        weights_GN: mixtures of the tuples that are the inputs; their rows are mixed alike.
+    """
+    update_S_GLd, _ = tuples.mixed(weights_GN)
+    update_GLd = model.standard_T.inverse(trained(update_S_GLd))
+    draws = []
+    for weights_N in weights_GN:
+        members = torch.multinomial(weights_N, settings.rows, replacement=True, generator=generator)
+        rows = torch.randint(2**31, (settings.rows,), generator=generator)
+        draws.append([(int(tuples.shadow_N[n]), int(row)) for n, row in zip(members, rows, strict=True)])
+    loss_G, gradient_GLd = llm(update_GLd, draws)
+    assert gradient_GLd is not None
+    ((update_GLd * gradient_GLd).sum() / len(draws)).backward()
+    return float(loss_G.mean())
+
+
+def _validation_tuples(device: torch.device) -> Tuples:
+    import ray.train
+
+    batches = list(ray.train.get_dataset_shard("validation").iter_torch_batches(batch_size=64, device=device))
+    return Tuples.of({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
+
+
+@torch.no_grad()
+def validate(model: GradTransformer, tuples: Tuples, llm: LlmActors | None) -> dict[str, float]:
+    """On validation shadows: Eq. 10, the error of free-running generation relative to the mean update's, and with the
+    LLM the behaviour of generated updates, of the shadows and of halves of two shadows of one task."""
+    model.eval()
+    target = model.standard_T(tuples.T_NLd)
+    found = {
+        "validation_loss": float(block_loss(model(tuples.S_NLd, tuples.T_NLd), target)),
+        "validation_generated": float(
+            block_loss(model(tuples.S_NLd), target) / block_loss(torch.zeros_like(target), target)
+        ),
+    }
+    if llm is not None:
+        weights_MN = torch.cat([torch.eye(len(target)), halves(tuples.task_N)])
+        update_MLd = model.standard_T.inverse(model(tuples.mixed(weights_MN)[0]))
+        draws: list[Draw] = []
+        for weights_N in weights_MN:
+            members = [int(n) for n in weights_N.nonzero()[:, 0]]
+            draws.append([(int(tuples.shadow_N[members[i % len(members)]]), i) for i in range(VALIDATION_ROWS)])
+        found["validation_behaviour"] = float(llm(update_MLd, draws, gradient=False)[0].mean())
+    model.train()
+    return found
+
+
+def halves(task_N: Tensor) -> Tensor:
+    """Weights [N, N]: half of each tuple and half of the next one of its task."""
+    N = len(task_N)
+    weights_NN = 0.5 * torch.eye(N)
+    for n in range(N):
+        partner = next((m % N for m in range(n + 1, n + N) if task_N[m % N] == task_N[n]), n)
+        weights_NN[n, partner] += 0.5
+    return weights_NN
+
+
+def save(folder: Path, model: GradTransformer, optimizer: Any, schedule: Any, history: list[dict[str, float]]) -> None:
+    """A checkpoint from which `restore` goes on."""
+    model.save(folder / "model")
+    # Optimizer state as safetensors too: no pickle anywhere.
+    from safetensors.torch import save_file
+
+    state = optimizer.state_dict()["state"]
+    save_file(
+        {f"{i}.{name}": value.contiguous() for i, entry in state.items() for name, value in entry.items()},
+        folder / "optimizer.safetensors",
+    )
+    (folder / HISTORY).write_text(json.dumps(history), encoding="utf-8")
+    (folder / STATE).write_text(json.dumps({"step": schedule.last_epoch}), encoding="utf-8")
+
+
+def restore(folder: Path, model: GradTransformer, optimizer: Any, schedule: Any) -> tuple[int, list[dict[str, float]]]:
+    """Set everything as it was when `save` wrote it; returns steps done and the history."""
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(folder / "model" / "model.safetensors"))
+    entries: dict[int, dict[str, Tensor]] = {}
+    for name, value in load_file(folder / "optimizer.safetensors").items():
+        number, _, part = name.partition(".")
+        entries.setdefault(int(number), {})[part] = value
+    step = int(json.loads((folder / STATE).read_text(encoding="utf-8"))["step"])
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+    schedule.last_epoch = step
+    for group, rate in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
+        group["lr"] = rate * schedule.lr_lambdas[0](step)
+    return step, json.loads((folder / HISTORY).read_text(encoding="utf-8"))
