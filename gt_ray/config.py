@@ -194,6 +194,9 @@ class TrainingSettings(Section):
 class GradTransformerSettings(Section):
     """The network and its training."""
 
+    recipe: Literal["own", "paper"] = Field(
+        "own", description="paper: no linear path, no mixtures, no behaviour loss, whatever the other keys say"
+    )
     phi: PhiSettings | None = Field(
         PhiSettings(pretrained="google/flan-t5-large"), description="none: no network, the linear path alone"
     )
@@ -203,6 +206,18 @@ class GradTransformerSettings(Section):
     )
     scale_floor: float = Field(0.1, ge=0, description="floor of a scale, as a share of its module's RMS (decision 7)")
     training: TrainingSettings = TrainingSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_in_the_paper(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or tree.get("recipe") != "paper":
+            return tree
+        training = tree.get("training") or {}
+        training = training if isinstance(training, dict) else training.model_dump()
+        behaviour = training.get("behaviour") or {}
+        behaviour = behaviour if isinstance(behaviour, dict) else behaviour.model_dump()
+        plain = {**training, "pool_max": 1, "behaviour": {**behaviour, "steps": 0}}
+        return {**tree, "linear_rank": 0, "training": plain}
 
     @model_validator(mode="after")
     def _check(self) -> GradTransformerSettings:

@@ -204,3 +204,16 @@ def test_a_model_alone_gets_the_defaults_of_everything() -> None:
     assert (found.workers, found.max_new_tokens, found.max_model_len) == (3, 512, 4096)
     with pytest.raises(UserError, match=r"unknown config key 'evaluation\.worker'"):
         config_of_model("some/model", ["evaluation.worker=3"])
+
+
+def test_the_papers_recipe_is_plain_whatever_the_preset_says(tmp_path: Path) -> None:
+    recipe = ["linear_rank=64", "training.pool_max=3", "training.behaviour.steps=100", "training.epochs=7"]
+    own = load_config("embedded", [f"grad_transformer.{override}" for override in recipe])
+    settings = own.grad_transformer
+    assert (settings.linear_rank, settings.training.pool_max, settings.training.behaviour.steps) == (64, 3, 100)
+    plain = load_config("embedded", [*(f"grad_transformer.{o}" for o in recipe), "grad_transformer.recipe=paper"])
+    settings = plain.grad_transformer
+    assert (settings.linear_rank, settings.training.pool_max, settings.training.behaviour.steps) == (0, 1, 0)
+    assert settings.training.epochs == 7
+    (tmp_path / "plain.yaml").write_text(plain.to_yaml())
+    assert load_config(str(tmp_path / "plain.yaml")) == plain

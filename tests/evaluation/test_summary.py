@@ -9,19 +9,27 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gt_ray.config import PopulationName
 from gt_ray.evaluation.results import RowScore
 from gt_ray.evaluation.run import ClientScores
 from gt_ray.evaluation.scorer import System
-from gt_ray.evaluation.summary import report_rows, summarise
+from gt_ray.evaluation.summary import by_population, report_rows, summarise
 from gt_ray.tasks.data import Client
 
 Scores = Sequence[float]
 SIDES = {"P_S": "tinylm", "base_S": "tinylm"}
 
 
-def result(system: str, task: str, client: int, scores: Scores, log_likelihood: float = -1.0) -> ClientScores:
+def result(
+    system: str,
+    task: str,
+    client: int,
+    scores: Scores,
+    log_likelihood: float = -1.0,
+    population: PopulationName = "seen",
+) -> ClientScores:
     return ClientScores(
-        Client(f"{task}-{client}", task, "north-day", [], []),
+        Client(f"{task}-{client}", task, "north-day", [], [], population),
         System(system, SIDES.get(system, "llm")),  # type: ignore[arg-type]
         [RowScore("", "", score, log_likelihood, 1, "stop") for score in scores],
     )
@@ -217,3 +225,45 @@ def test_report_rows_are_one_per_client_and_system_with_standard_errors() -> Non
 
 def test_a_single_test_row_has_no_standard_error() -> None:
     assert report_rows([result("ours", "drop", 0, [100.0])], seed=0)[0]["se"] == 0.0
+
+
+def test_the_gap_that_is_closed_is_the_one_between_the_best_control_and_the_ceiling() -> None:
+    entry = summarise(results({"drop": DROP | {"ridge": [rows(60), rows(70)]}}))["drop"]
+    assert entry["best_control"] == "ridge" and entry["gap_closed"] == pytest.approx(100 * (76 - 65) / (85 - 65))
+    above = summarise(results({"drop": DROP | {"ridge": [rows(90), rows(90)]}}))["drop"]
+    assert above["best_control"] == "ridge" and "gap_closed" not in above  # the control leaves no gap
+
+
+def test_a_baseline_is_no_control() -> None:
+    entry = summarise(results({"drop": DROP | {"proxy_tuning": [rows(80), rows(80)]}}))["drop"]
+    assert entry["baselines"] == {"proxy_tuning": 80} and entry["best_control"] == "mean_update"
+    assert entry["ours_minus"]["proxy_tuning"]["difference"] == pytest.approx(-4)
+
+
+def test_gain_recovered_has_an_interval_over_clients_that_covers_it() -> None:
+    rng = np.random.default_rng(0)
+    made = []
+    for client in range(24):
+        for system, rate in (("base_T", 0.2), ("P_T", 0.8), ("ours", 0.65)):
+            right = rng.random(100) < rate
+            made.append(result(system, "drop", client, (100.0 * right).tolist(), -3.0 * (1 - rate)))
+    entry = summarise(made)["drop"]
+    low, high = entry["gain_recovered_interval"]
+    assert low < entry["gain_recovered"] < high and low < 75 < high and high - low < 20
+    assert entry["gain_recovered_log_likelihood"] == pytest.approx(75)
+
+
+def test_log_likelihoods_are_compared_on_the_rows_that_have_them() -> None:
+    made = [result("ours", "drop", 0, rows(50), -1.0), result("ridge", "drop", 0, rows(50), -3.0)]
+    made[1].rows[:40] = [RowScore("", "", 100.0, None, 1, "stop")] * 40
+    entry = summarise(made)["drop"]
+    assert entry["ours_minus_log_likelihood"] == {"ridge": {"difference": 2, "low": 2, "high": 2}}
+    assert entry["ours_minus"]["ridge"]["difference"] == 0
+
+
+def test_each_population_is_summed_up_alone() -> None:
+    made = [result("ours", "drop", 0, rows(80)), result("ours", "drop", 1, rows(40), population="unseen_mixture")]
+    found = by_population(made)
+    assert {name: summary["average"]["ours"] for name, summary in found.items()} == {"seen": 80, "unseen_mixture": 40}
+    assert summarise(made)["average"]["ours"] == 60
+    assert [row["population"] for row in report_rows(made, 0)] == ["seen", "unseen_mixture"]

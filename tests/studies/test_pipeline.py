@@ -133,3 +133,27 @@ def test_a_study_runs_cells_once_and_shares_units(
     assert "cell 2 of 2 is done" in capsys.readouterr().err
     with pytest.raises(UserError, match="two cells are the same"):
         run_study("embedded", common, [[], []], "same")
+
+
+@pytest.mark.slow
+def test_a_study_over_seeds_sums_up_its_populations(
+    tiny_pair: tuple[Path, Path], tmp_path: Path, ray_cluster: None
+) -> None:
+    common = [*TINY_OVERRIDES, f"pair.tinylm.model={tiny_pair[0]}", f"pair.llm.model={tiny_pair[1]}"]
+    common += [f"runs={tmp_path / 'runs'}", f"store={tmp_path / 'store'}", "data.unseen_domains=1"]
+    common += ["curation.plan=mixtures", "curation.tinylm_shadows=4", "evaluation.baselines=[proxy_tuning]"]
+    common += ["clients.populations=[unseen_mixture, unseen_composition, small_data]", "cells=['seed=0', 'seed=1']"]
+    behaviour = ["steps=2", "adapters=2", "rows=2", "workers=2"]
+    common += [f"grad_transformer.training.behaviour.{override}" for override in behaviour]
+    tree = run_study("embedded", [*common, "grad_transformer.linear_rank=4"], [], "seeds")
+    assert [cell["overrides"] for cell in tree["cells"]] == [["seed=0"], ["seed=1"]]
+    assert list(tree["populations"]) == ["unseen_mixture", "unseen_composition", "small_data"]
+    reports = [json.loads((tmp_path / "runs" / "seeds" / cell["report"]).read_text()) for cell in tree["cells"]]
+    for population, summary in tree["populations"].items():
+        average = summary["average"]
+        assert average["controls"].keys() == {"public_sft", "linear_behaviour", *CONTROLS}
+        assert average["baselines"].keys() == {"proxy_tuning"}
+        each = [report["populations"][population]["average"]["ours"] for report in reports]
+        assert average["ours"] == pytest.approx(sum(each) / 2)
+        clients = {row["client"] for row in reports[0]["rows"] if row["population"] == population}
+        assert clients == {f"{task}-{population}-0" for task in ("gsm8k", "samsum")}

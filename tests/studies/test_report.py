@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gt_ray.errors import UserError
-from gt_ray.studies.report import print_table, write_html
+from gt_ray.studies.report import print_populations, print_table, write_html
 
 TASKS = ("aqua_rat", "gsm8k", "commonsense_qa", "drop", "samsum", "dialogsum")
 MAIN = {"base_S": 12.0, "P_S": 55.0, "base_T": 18.0, "P_T": 82.0, "ours": 71.0}
@@ -294,3 +294,14 @@ def test_table_on_a_terminal(columns: int, monkeypatch: pytest.MonkeyPatch, caps
     assert tables == 1 if columns == 100 else tables > 1
     for entry in report["summary"].values():
         assert f"{entry['ours']:.1f}" in out
+
+
+def test_populations_are_the_columns_of_their_table(capsys: pytest.CaptureFixture[str]) -> None:
+    average = entry_of(MAIN | CONTROLS, random.Random(0)) | {"tasks": 6, "pgr_tasks": 3, "gap_closed": 61.5}
+    print_populations({"seen": {"average": average}, "small_data": {"average": average | {"ours": 12.25}}})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["%", "seen", "small_data"]
+    words = [line.split() for line in lines]
+    assert ["ours", "71.0", "12.2"] in words
+    assert ["gap", "closed", "61.5", "61.5"] in words
+    assert "PGR, seen: over 3 of 6 tasks" in "\n".join(lines)
