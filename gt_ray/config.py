@@ -168,7 +168,8 @@ class BehaviourSettings(Section):
 
     steps: int = Field(0, ge=0, description="optimizer steps after the epochs; 0: none, as in the paper")
     adapters: int = Field(8, ge=1, description="updates generated for one step, over all training workers")
-    rows: int = Field(16, ge=1, description="rows that each of them is tried on")
+    rows: int = Field(8, ge=1, description="rows that each of them is tried on")
+    mix: float = Field(0.5, ge=0, le=1, description="share of the inputs that are mixtures of two")
     learning_rate: float = Field(3e-4, gt=0)
     workers: int = Field(1, ge=1, description="LLM actors")
 

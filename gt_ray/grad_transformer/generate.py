@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from gt_ray.errors import UserError
+from gt_ray.grad_transformer.certainty import Estimate
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.pairs.root import Root
 from gt_ray.updates.files import UpdateInfo, read_update, write_adapter
@@ -35,8 +36,11 @@ def generate_adapter(
     updates: Sequence[Path],
     out: Path,
     pooling: Pooling = "mean",
-) -> None:
+) -> Estimate | None:
     """Pool update files of N clients, generate the LLM update (Eq. 2) and write it as a PEFT folder.
+
+    Returns:
+        What is known of its error; the model card says it too.
 
     Raises:
         UserError: no file, or one that is damaged or of another root; nothing is written then.
@@ -47,10 +51,12 @@ def generate_adapter(
     read = [read_update(path, tinylm) for path in updates]
     pooled_Ld = pool(torch.stack([update_Ld for update_Ld, _ in read]), pooling, model.standard_S.mean)
     generated_Ld = model.generate(pooled_Ld[None])[0]
-    write_adapter(out, generated_Ld, llm, card([info for _, info in read], tinylm, llm, pooling))
+    estimate = model.estimate(pooled_Ld)
+    write_adapter(out, generated_Ld, llm, card([info for _, info in read], tinylm, llm, pooling, estimate))
+    return estimate
 
 
-def card(infos: Sequence[UpdateInfo], tinylm: Root, llm: Root, pooling: str) -> str:
+def card(infos: Sequence[UpdateInfo], tinylm: Root, llm: Root, pooling: str, estimate: Estimate | None) -> str:
     """Model card of a generated adapter."""
     mechanisms = sorted({str(info.mechanism.get("name")) for info in infos})
     return f"""---
@@ -68,4 +74,6 @@ model (pooling: {pooling}), without access to the clients' data.
 | LLM, which this adapter is for | `{llm.base_model}` | `{llm.hash}` |
 
 Learning mechanism stated by the clients: {", ".join(mechanisms)}. Client rows: {sum(info.samples for info in infos)}.
+
+{estimate.text if estimate else "Nothing is known of the error of this adapter."}
 """

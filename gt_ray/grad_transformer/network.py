@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from gt_ray.config import PhiSettings
 from gt_ray.errors import UserError
+from gt_ray.grad_transformer.certainty import Certainty, Estimate
 from gt_ray.grad_transformer.linear import LinearPath
 from gt_ray.grad_transformer.standardise import Standardiser
 from gt_ray.updates.files import write_atomically
@@ -82,6 +83,7 @@ class GradTransformer(nn.Module):
     Args:
         phi: none where there is the linear path alone.
         linear_rank: R of the linear path; 0: none, as in the paper.
+        shadows: how many training and validation shadows `certainty` knows.
 
     Attributes:
         roots: hashes of the TinyLM and the LLM root whose updates it reads and generates.
@@ -95,6 +97,7 @@ class GradTransformer(nn.Module):
         roots: dict[str, str],
         input_clip: float = 6.0,
         linear_rank: int = 0,
+        shadows: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__()
         self.layout_S, self.layout_T, self.roots, self.input_clip = layout_S, layout_T, roots, input_clip
@@ -109,6 +112,7 @@ class GradTransformer(nn.Module):
             self.out = BlockOutput(layout_T, D)
         shapes = (layout_S.L, layout_S.d), (layout_T.L, layout_T.d)
         self.linear = LinearPath(*shapes, linear_rank) if linear_rank else None
+        self.certainty = Certainty(*shadows, layout_S.L * layout_S.d) if all(shadows) else None
 
     def _standardised_S(self, update_S_NLd: Tensor) -> Tensor:
         z_NLd: Tensor = self.standard_S(update_S_NLd).clamp(-self.input_clip, self.input_clip)
@@ -132,6 +136,15 @@ class GradTransformer(nn.Module):
         assert self.linear is not None
         standard = [(self._standardised_S(S), self.standard_T(T)) for S, T in (training, validation)]
         self.linear.fit(*standard[0], standard[1])
+
+    def fit_certainty(self, training_KLd: Tensor, validation_VLd: Tensor) -> None:
+        """Remember the shadows' S updates."""
+        assert self.certainty is not None
+        self.certainty.fit(*(self.standard_S(update).flatten(1) for update in (training_KLd, validation_VLd)))
+
+    def estimate(self, update_S_Ld: Tensor) -> Estimate | None:
+        """What is known of the update that is generated from this one; nothing where no shadows are known."""
+        return self.certainty(self.standard_S(update_S_Ld).flatten()) if self.certainty else None
 
     def forward(self, update_S_NLd: Tensor, update_T_NLd: Tensor | None = None) -> Tensor:
         """Standardised prediction [N, L_T, d_T]: by teacher forcing, each T block from the true blocks before it, or
@@ -194,6 +207,7 @@ class GradTransformer(nn.Module):
             "roots": self.roots,
             "input_clip": self.input_clip,
             "linear_rank": self.linear.rank if self.linear else 0,
+            "shadows": [len(self.certainty.known_KP), len(self.certainty.error_V)] if self.certainty else [0, 0],
             "phi": self.phi.config.to_diff_dict() if self.phi else None,
         }
         write_atomically(folder / CONFIG, json.dumps(config).encode())
@@ -218,6 +232,7 @@ class GradTransformer(nn.Module):
                 config["roots"],
                 config["input_clip"],
                 config.get("linear_rank", 0),
+                tuple(config.get("shadows", (0, 0))),
             )
             model.load_state_dict(load_file(folder / WEIGHTS))
         except UserError:

@@ -12,6 +12,7 @@ MAIN = ("base_S", "P_S", "base_T", "P_T", "ours")
 RATIOS = {"PGR": "pgr", "gain recovered": "gain_recovered"}
 LIKELIHOOD = {"gain recovered, log-likelihood": "gain_recovered_log_likelihood"}
 GAP = {"gap closed": "gap_closed", "gap closed, log-likelihood": "gap_closed_log_likelihood"}
+CERTAINTY = {"out of range": "out_of_range"}
 
 Interval = tuple[float, float, float]
 """Low end, difference, high end."""

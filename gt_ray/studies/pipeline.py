@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,10 @@ def generate_files(config: Config, updates: Sequence[Path], out: Path, pooling: 
     """Section 4.3 for clients that are not simulated: pool their update files, write one LLM adapter."""
     model = GradTransformer.load(config.run_folder / "grad_transformer")
     roots = load_roots(config)
-    generate_adapter(model, roots["tinylm"], roots["llm"], updates, out, pooling)
+    estimate = generate_adapter(model, roots["tinylm"], roots["llm"], updates, out, pooling)
     say(f"generate: {len(updates)} update(s) to {out}")
+    if estimate:
+        say(estimate.text)
 
 
 def evaluate_stage(study: Study) -> dict[str, Any]:
@@ -96,7 +99,10 @@ def evaluate_stage(study: Study) -> dict[str, Any]:
         run_fine_tunes(study, [*study.client_jobs("llm"), *extra], "ceilings")
     with _timed(study, "evaluate"):
         results = score(study, systems(study, model))
-    config = study.config
+    config, known, populations = study.config, certainty(study, model), by_population(results)
+    for name, summary in populations.items():
+        if flags := [one["out_of_range"] for one in known.values() if one["population"] == name]:
+            summary["average"]["out_of_range"] = 100 * sum(flags) / len(flags)
     report = {
         "preset": config.preset,
         "seed": config.seed,
@@ -104,13 +110,25 @@ def evaluate_stage(study: Study) -> dict[str, Any]:
         "wall_s": _walls(study),
         "rows": report_rows(results, config.seed),
         "summary": summarise(results),
-        "populations": by_population(results),
+        "populations": populations,
+        "certainty": known,
     }
     write_atomically(config.run_folder / "report.json", json.dumps(report, indent=1).encode())
     from gt_ray.studies.report import write_html
 
     write_html(config.run_folder)
     return report
+
+
+def certainty(study: Study, model: GradTransformer) -> dict[str, dict[str, Any]]:
+    """What is known of the error of each client's adapter before it is scored."""
+    found = {}
+    for client in study.data.clients:
+        update_S, _ = read_update(update_file(study.config.run_folder, client), study.roots["tinylm"])
+        if estimate := model.estimate(update_S):
+            known = {name: value for name, value in asdict(estimate).items() if value is not None}
+            found[client.name] = {"population": client.population, **known, "out_of_range": estimate.out_of_range}
+    return found
 
 
 def _check_adapters(study: Study, model: GradTransformer) -> None:

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from gt_ray.errors import UserError
 from gt_ray.studies.facts import (
+    CERTAINTY,
     GAP,
     LIKELIHOOD,
     RATIOS,
@@ -71,9 +72,8 @@ def print_table(report: dict[str, Any], ratios: Mapping[str, str] = RATIOS) -> N
 
 def print_populations(populations: dict[str, Any]) -> None:
     """Print systems by populations, on average over tasks."""
-    print_table(
-        {"summary": {name: summary["average"] for name, summary in populations.items()}}, RATIOS | LIKELIHOOD | GAP
-    )
+    averages = {name: summary["average"] for name, summary in populations.items()}
+    print_table({"summary": averages}, RATIOS | LIKELIHOOD | GAP | CERTAINTY)
 
 
 def write_html(run_folder: Path) -> Path:

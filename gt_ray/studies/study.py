@@ -53,12 +53,17 @@ def run_study(preset: str, common: list[str], cells: list[list[str]], name: str)
         tree: dict[str, Any] = {"name": name, "preset": preset, "overrides": common, "cells": entries}
         write_atomically(folder / "study.json", json.dumps(tree, indent=1).encode())
     if len(cells) > 1 and all(override.startswith("seed=") for cell in cells for override in cell):
+        reports = [_read(config.run_folder / "report.json") for config in configs]
         results = [
             result
-            for config in configs
-            for result in scores_of_report(config.run_folder, _read(config.run_folder / "report.json"))
+            for config, report in zip(configs, reports, strict=True)
+            for result in scores_of_report(config.run_folder, report)
         ]
         tree["populations"] = by_population(results)
+        for population, summary in tree["populations"].items():
+            averages = [report["populations"][population]["average"] for report in reports]
+            if shares := [average["out_of_range"] for average in averages if "out_of_range" in average]:
+                summary["average"]["out_of_range"] = sum(shares) / len(shares)
         write_atomically(folder / "study.json", json.dumps(tree, indent=1).encode())
     return tree
 

@@ -26,12 +26,13 @@ from gt_ray.training.tuples import (
     epoch_rows,
     input_keys,
     last_updates,
+    load_input_batch,
     load_inputs,
     load_tuples,
     shadow_keys,
     side_chunks,
 )
-from gt_ray.training.worker import BEHAVIOUR_BATCH, HISTORY, STATE, train_worker
+from gt_ray.training.worker import HISTORY, STATE, train_worker
 from gt_ray.updates.files import write_atomically
 from gt_ray.updates.store import unit_key
 
@@ -86,7 +87,9 @@ def train(study: Study, name: str = MODEL) -> Path:
     # Each worker gets an equal share of the tuples and drops what does not fill its last batch.
     each = training.batch_size // training.workers
     steps = (training.epochs * n_tuples // training.workers) // each
-    if steps == 0:
+    if settings.phi is None:
+        steps = 0  # nothing is left for Eq. 10 to train: the linear path starts as its solution
+    elif steps == 0:
         raise UserError(
             f"{n_tuples} tuples are fewer than one batch of {training.batch_size}; lower training.batch_size"
         )
@@ -105,12 +108,9 @@ def train(study: Study, name: str = MODEL) -> Path:
     }
     llm = None
     if training.behaviour.steps:
-        inputs = input_keys(study)
-        wanted = training.behaviour.steps * training.behaviour.adapters * BEHAVIOUR_BATCH
-        rows = epoch_rows(inputs, range(wanted // len(inputs) + 2), seed)
-        streams["behaviour"] = ray.data.from_items(
-            rows, override_num_blocks=max(1, len(rows) // (8 * UNITS_A_TASK))
-        ).map_batches(load_inputs, fn_kwargs={"store": study.store}, batch_size=UNITS_A_TASK, num_cpus=0.5)
+        streams["inputs"] = ray.data.from_items(input_keys(study)).map_batches(
+            load_input_batch, fn_kwargs={"store": study.store}, num_cpus=0.5
+        )
         llm = LlmActors.start(study, training.behaviour.workers)
     best_by = "validation_behaviour" if llm else "validation_generated"
     trainer = TorchTrainer(
@@ -121,13 +121,13 @@ def train(study: Study, name: str = MODEL) -> Path:
             "seed": seed,
             "steps": total,
             "llm": llm,
+            "domains": [shadow.domain for shadow in study.shadows],
             "checkpoint_steps": max(1, training.checkpoint_epochs * n_tuples // training.batch_size),
             "progress": str(progress_file),
             "events": str((study.config.run_folder / "events" / name).resolve()),
         },
         datasets=streams,
-        # Every worker validates on all validation tuples.
-        dataset_config=DataConfig(datasets_to_split=[name for name in streams if name != "validation"]),
+        dataset_config=DataConfig(datasets_to_split=["train"]),  # every worker has all of the other, smaller ones
         scaling_config=ScalingConfig(
             num_workers=training.workers,
             use_gpu=training.num_gpus > 0,
@@ -239,10 +239,13 @@ def _initial_model(
     roots: dict[str, str] = {side: root.hash for side, root in study.roots.items()}
     rank = min(settings.linear_rank, len(keys[False]) - 1)
     phi = make_phi(settings.phi) if settings.phi else None
-    model = GradTransformer(layout_S, layout_T, phi, roots, settings.input_clip, rank)
+    training, validation = (last_updates(study.store, keys[held_out]) for held_out in (False, True))
+    inputs = load_inputs([row["S"] for row in input_keys(study)], study.store)
+    shadows = len(inputs), len(validation[0])
+    model = GradTransformer(layout_S, layout_T, phi, roots, settings.input_clip, rank, shadows)
     model.standard_S.fit(side_chunks(study.store, keys[False], "S"), layout_S, settings.scale_floor)
     model.standard_T.fit(side_chunks(study.store, keys[False], "T"), layout_T, settings.scale_floor)
     if model.linear is not None:
-        training, validation = (last_updates(study.store, keys[held_out]) for held_out in (False, True))
         model.fit_linear(training, validation)
+    model.fit_certainty(inputs, validation[0])
     return model

@@ -6,7 +6,7 @@ The epochs are rows of one data set, so Ray Data reads ahead over their borders 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -69,10 +69,14 @@ def load_tuples(batch: dict[str, Any], store: UpdateStore, last_only: bool, seed
     }
 
 
-def load_inputs(batch: dict[str, Any], store: UpdateStore) -> dict[str, Any]:
+def load_inputs(keys: Iterable[str], store: UpdateStore) -> Tensor:
+    """The last updates [N, L, d] of units."""
+    return torch.stack([store.read(key, verify=False)[0][-1] for key in keys])
+
+
+def load_input_batch(batch: dict[str, Any], store: UpdateStore) -> dict[str, Any]:
     """Ray Data task: the last S updates of shadows; columns `S` [N, L_S, d_S], `task` and `shadow` [N]."""
-    last = [store.read(key, verify=False)[0][-1] for key in batch["S"]]
-    return {"S": torch.stack(last).numpy(), "task": batch["task"], "shadow": batch["shadow"]}
+    return {"S": load_inputs(batch["S"], store).numpy(), "task": batch["task"], "shadow": batch["shadow"]}
 
 
 def join(store: UpdateStore, key_S: str, key_T: str) -> tuple[Tensor, Tensor]:

@@ -8,31 +8,32 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gt_ray.config import BehaviourSettings, TrainingSettings
+from gt_ray.config import TrainingSettings
 from gt_ray.grad_transformer.network import GradTransformer, block_loss
 from gt_ray.training.behaviour import Draw, LlmActors
+from gt_ray.training.inputs import Inputs
 from gt_ray.training.tuples import mixing_weights
 
 STATE, HISTORY = "training.json", "history.json"
-BEHAVIOUR_BATCH = 4
-"""Inputs of a behaviour step for each update that is generated: partners to mix it with."""
 VALIDATION_ROWS = 16
 """Rows of a validation shadow that the behaviour of its generated update is measured on."""
 
 
 @dataclass
 class Tuples:
-    """A batch: updates S [N, L_S, d_S], T [N, L_T, d_T] unless inputs are enough, and task and shadow [N] of each."""
+    """A batch: updates S [N, L_S, d_S] and T [N, L_T, d_T], and task and shadow [N] of each."""
 
     S_NLd: Tensor
     T_NLd: Tensor
@@ -41,10 +42,8 @@ class Tuples:
 
     @classmethod
     def of(cls, batch: dict[str, Tensor]) -> Tuples:
-        """From the columns that `load_tuples` or `load_inputs` makes."""
-        S_NLd = batch["S"].float()
-        T_NLd = batch["T"].float() if "T" in batch else S_NLd[:, :0]
-        return cls(S_NLd, T_NLd, batch["task"].cpu(), batch["shadow"].cpu())
+        """From the columns that `load_tuples` makes."""
+        return cls(batch["S"].float(), batch["T"].float(), batch["task"].cpu(), batch["shadow"].cpu())
 
     def mixed(self, weights_MN: Tensor) -> tuple[Tensor, Tensor]:
         """Mixtures of these tuples."""
@@ -65,8 +64,7 @@ def train_worker(config: dict[str, Any]) -> None:
     model = GradTransformer.load(Path(config["start"])).train()
     trained = ray.train.torch.prepare_model(model)  # moves the model, so before the optimizer takes its parameters
     steps, first_behaviour = config["steps"], config["steps"] - settings.behaviour.steps
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, settings))
+    optimizer, schedule = optimizer_of(model, steps, settings)
     done = 0
     history: list[dict[str, float]] = []
     if checkpoint := ray.train.get_checkpoint():
@@ -75,29 +73,29 @@ def train_worker(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     validation = _validation_tuples(device)
     writer = SummaryWriter(config["events"]) if rank == 0 else None
-    size = settings.behaviour.adapters // world
-    batches = itertools.chain(
-        itertools.islice(_batches("train", settings.batch_size // world, device), first_behaviour),
-        _batches("behaviour", BEHAVIOUR_BATCH * size, device) if llm else (),
-    )
+    inputs = Inputs.of(list(_batches("inputs", 64, device)), config["domains"]) if llm else None
+    # Ray Data may have more batches than there are steps, by rounding; behaviour needs none.
+    tuples = _batches("train", settings.batch_size // world, device, drop_last=True)
+    batches = itertools.chain(itertools.islice(tuples, first_behaviour), itertools.repeat({}))
     losses: list[float] = []
     started = time.perf_counter()
     # The data of steps that a checkpoint already holds are passed over.
     for step, batch in itertools.islice(enumerate(batches), done, steps):
         step_seed = config["seed"] * 1_000_003 + step * world + rank
         torch.manual_seed(step_seed)  # dropout
-        generator = torch.Generator().manual_seed(step_seed)
-        tuples = Tuples.of(batch)
-        weights_NN = mixing_weights(tuples.task_N, settings.pool_max, generator)
         optimizer.zero_grad()
         if step < first_behaviour:
-            update_S, update_T = tuples.mixed(weights_NN)
+            mixed = Tuples.of(batch)
+            generator = torch.Generator().manual_seed(step_seed)
+            update_S, update_T = mixed.mixed(mixing_weights(mixed.task_N, settings.pool_max, generator))
             loss = block_loss(trained(update_S, update_T), model.standard_T(update_T))
             loss.backward()
             losses.append(loss.item())
         else:
-            assert llm is not None
-            losses.append(behave(trained, model, tuples, weights_NN[:size], settings.behaviour, llm, generator))
+            assert llm is not None and inputs is not None
+            size = settings.behaviour.adapters // world
+            drawn = inputs.draw(size, settings.behaviour.rows, settings.behaviour.mix, random.Random(step_seed))
+            losses.append(behave(trained, model, *drawn, llm))
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
         optimizer.step()
         schedule.step()
@@ -126,49 +124,52 @@ def train_worker(config: dict[str, Any]) -> None:
         writer.close()
 
 
-def _batches(name: str, size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def _batches(name: str, size: int, device: torch.device, drop_last: bool = False) -> Iterator[dict[str, Tensor]]:
     import ray.train
 
     shard = ray.train.get_dataset_shard(name)
-    yield from shard.iter_torch_batches(batch_size=size, device=device, drop_last=True, prefetch_batches=2)
+    yield from shard.iter_torch_batches(batch_size=size, device=device, drop_last=drop_last, prefetch_batches=2)
 
 
-def learning_rate(step: int, steps: int, settings: TrainingSettings) -> float:
-    """Each phase warms up linearly and decays linearly to zero."""
+def optimizer_of(model: GradTransformer, steps: int, settings: TrainingSettings) -> tuple[Any, Any]:
+    """Optimizer and learning rates; the linear path rests in the first phase, where the network learns the residual."""
+    of_linear = [parameter for name, parameter in model.named_parameters() if name.startswith("linear.")]
+    others = [parameter for name, parameter in model.named_parameters() if not name.startswith("linear.")]
+    groups = [(others, False)] * bool(others) + [(of_linear, True)] * bool(of_linear)
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters} for parameters, _ in groups], lr=1.0, weight_decay=settings.weight_decay
+    )
+    rates: list[Callable[[int], float]] = [
+        partial(learning_rate, steps=steps, settings=settings, rests=rests) for _, rests in groups
+    ]
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+
+
+def learning_rate(step: int, steps: int, settings: TrainingSettings, rests: bool = False) -> float:
+    """Each phase warms up linearly and decays linearly to zero.
+
+    Args:
+        rests: whether the rate is zero in the first phase.
+    """
     behaviour = settings.behaviour
     first_behaviour = steps - behaviour.steps
     if step < first_behaviour:
-        peak, step, steps = settings.learning_rate, step, first_behaviour
+        peak, steps = 0.0 if rests else settings.learning_rate, first_behaviour
     else:
         peak, step, steps = behaviour.learning_rate, step - first_behaviour, behaviour.steps
     warmup = max(1, round(settings.warmup_share * steps))
     return peak * min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
 
 
-def behave(
-    trained: Any,
-    model: GradTransformer,
-    tuples: Tuples,
-    weights_GN: Tensor,
-    settings: BehaviourSettings,
-    llm: LlmActors,
-    generator: torch.Generator,
-) -> float:
+def behave(trained: Any, model: GradTransformer, update_S_GLd: Tensor, draws: Sequence[Draw], llm: LlmActors) -> float:
     """Gradients of the mean behaviour loss of G generated updates; returns the loss.
 
     Generation runs freely, for teacher forcing would leak the true update (decision 9).
 
     Args:
         trained: the model, perhaps wrapped for data-parallel training.
-        weights_GN: mixtures of the tuples that are the inputs; their rows are mixed alike.
     """
-    update_S_GLd, _ = tuples.mixed(weights_GN)
     update_GLd = model.standard_T.inverse(trained(update_S_GLd))
-    draws = []
-    for weights_N in weights_GN:
-        members = torch.multinomial(weights_N, settings.rows, replacement=True, generator=generator)
-        rows = torch.randint(2**31, (settings.rows,), generator=generator)
-        draws.append([(int(tuples.shadow_N[n]), int(row)) for n, row in zip(members, rows, strict=True)])
     loss_G, gradient_GLd = llm(update_GLd, draws)
     assert gradient_GLd is not None
     ((update_GLd * gradient_GLd).sum() / len(draws)).backward()
@@ -176,9 +177,7 @@ def behave(
 
 
 def _validation_tuples(device: torch.device) -> Tuples:
-    import ray.train
-
-    batches = list(ray.train.get_dataset_shard("validation").iter_torch_batches(batch_size=64, device=device))
+    batches = list(_batches("validation", 64, device))
     return Tuples.of({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
 
 
@@ -188,11 +187,13 @@ def validate(model: GradTransformer, tuples: Tuples, llm: LlmActors | None) -> d
     LLM the behaviour of generated updates, of the shadows and of halves of two shadows of one task."""
     model.eval()
     target = model.standard_T(tuples.T_NLd)
+    error_N = (model(tuples.S_NLd) - target).square().flatten(1).sum(1)
+    of_mean_N = target.square().flatten(1).sum(1)
+    if model.certainty is not None:
+        model.certainty.error_V.copy_(error_N / of_mean_N)
     found = {
         "validation_loss": float(block_loss(model(tuples.S_NLd, tuples.T_NLd), target)),
-        "validation_generated": float(
-            block_loss(model(tuples.S_NLd), target) / block_loss(torch.zeros_like(target), target)
-        ),
+        "validation_generated": float(error_N.sum() / of_mean_N.sum()),
     }
     if llm is not None:
         weights_MN = torch.cat([torch.eye(len(target)), halves(tuples.task_N)])
@@ -243,6 +244,6 @@ def restore(folder: Path, model: GradTransformer, optimizer: Any, schedule: Any)
     step = int(json.loads((folder / STATE).read_text(encoding="utf-8"))["step"])
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
     schedule.last_epoch = step
-    for group, rate in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
-        group["lr"] = rate * schedule.lr_lambdas[0](step)
+    for group, rate, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = rate * factor(step)
     return step, json.loads((folder / HISTORY).read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ import torch
 
 from gt_ray.config import ModelSettings, PhiSettings
 from gt_ray.errors import UserError
+from gt_ray.grad_transformer.certainty import Estimate
 from gt_ray.grad_transformer.generate import card, check_roots, generate_adapter
 from gt_ray.grad_transformer.network import GradTransformer, make_phi
 from gt_ray.pairs.root import Root, make_root
@@ -68,6 +69,9 @@ def test_a_checkpoint_of_another_pair_names_both_hashes(trained: Trained) -> Non
 
 def test_the_card_says_that_it_was_generated_from_how_many_clients(trained: Trained) -> None:
     _, tinylm, llm = trained
-    text = card([INFO, INFO], tinylm, llm, "mean")
+    text = card([INFO, INFO], tinylm, llm, "mean", None)
+    assert "Nothing is known of the error" in text
+    estimate = Estimate(distance=2.5, range=1.5, error=None, error_high=None)
+    assert "OUT OF RANGE" in card([INFO], tinylm, llm, "mean", estimate)
     assert "generated, not trained" in text and "2 client update(s)" in text and "Client rows: 10" in text
     assert tinylm.hash in text and llm.hash in text

@@ -33,7 +33,7 @@ def test_training_learns_resumes_and_is_not_repeated(
     out = train(study)
     history = json.loads((out / "history.json").read_text())
     assert [entry["step"] for entry in history] == [6, 12, 16]
-    assert history[1]["loss"] < history[0]["loss"] and "loss" not in history[2]
+    assert history[1]["validation_loss"] < history[0]["validation_loss"] and "loss" not in history[2]
     assert history[2]["validation_behaviour"] < history[1]["validation_behaviour"]
     model = GradTransformer.load(out)
     assert model.roots == {side: root.hash for side, root in study.roots.items()}

@@ -1,0 +1,115 @@
+"""Inputs of the behaviour loss: TinyLM updates that no one has fine-tuned, made of those of the shadows.
+
+- Shadows of one kind (task and domain) differ by noise: their rows, their order. (2a + 2b - c) / 3 of three of them has
+  the mean of the kind and the noise of a single shadow (4/9 + 4/9 + 1/9 = 1), and is new each time, so that the network
+  cannot learn shadows by heart.
+- Shadows of a mixture differ in its shares, so they get the noise of a kind of their task instead: a + t (b - c).
+- Convex mixtures of two such updates fill the space between the kinds; their rows are mixed alike.
+- Some are made larger, as updates of clients are that fine-tune for longer than a shadow.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gt_ray.training.behaviour import Draw
+
+MIXED_SHADOWS = 0.25
+"""Share of the inputs that are made of shadows of a mixture, where there are some."""
+MOST_NOISE = 0.7
+"""Largest t."""
+SCALED, LARGEST_SCALE = 0.3, 1.75
+"""Share of the inputs that are made larger, and up to how much."""
+
+
+@dataclass(frozen=True)
+class _Member:
+    """Weights of shadows in an update, and the shadows whose rows belong to it."""
+
+    weights: dict[int, float]
+    rows_of: list[int]
+
+
+class Inputs:
+    """The last S updates of all training shadows.
+
+    Args:
+        S_KLd: updates.
+        task_K: number of the task of each.
+        domain_K: its domain, `a+b` for a mixture.
+        shadow_K: number of the shadow in the plan.
+    """
+
+    def __init__(self, S_KLd: Tensor, task_K: Sequence[int], domain_K: Sequence[str], shadow_K: Sequence[int]) -> None:
+        self.S_KLd, self.shadow_K = S_KLd, list(shadow_K)
+        self.kinds: dict[tuple[int, str], list[int]] = {}
+        for k, kind in enumerate(zip(task_K, domain_K, strict=True)):
+            self.kinds.setdefault(kind, []).append(k)
+        self.pure = [kind for kind in self.kinds if "+" not in kind[1]]
+        self.mixed = [kind for kind in self.kinds if "+" in kind[1]]
+
+    @classmethod
+    def of(cls, batches: Iterable[dict[str, Tensor]], domains: Sequence[str]) -> Inputs:
+        """From the batches that `load_input_batch` makes; `domains` are those of all shadows of the plan."""
+        S, task, shadow = ([batch[name] for batch in batches] for name in ("S", "task", "shadow"))
+        shadows = torch.cat(shadow).tolist()
+        order = sorted(range(len(shadows)), key=shadows.__getitem__)  # whatever order the batches came in
+        tasks = torch.cat(task).tolist()
+        return cls(
+            torch.cat(S).float()[order],
+            [tasks[i] for i in order],
+            [domains[shadows[i]] for i in order],
+            [shadows[i] for i in order],
+        )
+
+    def draw(self, G: int, rows: int, mix: float, rng: random.Random) -> tuple[Tensor, list[Draw]]:
+        """G inputs [G, L, d], and the rows that each is tried on.
+
+        Args:
+            rows: of each.
+            mix: share of the inputs that are mixtures of two.
+        """
+        updates, draws = [], []
+        for _ in range(G):
+            parts = [(1.0, self._member(rng))]
+            if rng.random() < mix:
+                share = rng.random()
+                task = self._task_of(parts[0][1])
+                parts = [(share, parts[0][1]), (1 - share, self._member(rng, task))]
+            update_Ld = torch.zeros_like(self.S_KLd[0])
+            for share, member in parts:
+                for k, weight in member.weights.items():
+                    update_Ld += share * weight * self.S_KLd[k]
+            if rng.random() < SCALED:
+                update_Ld *= math.exp(rng.uniform(0, math.log(LARGEST_SCALE)))
+            updates.append(update_Ld)
+            chosen = rng.choices([member.rows_of for _, member in parts], [share for share, _ in parts], k=rows)
+            draws.append([(self.shadow_K[rng.choice(rows_of)], rng.randrange(2**31)) for rows_of in chosen])
+        return torch.stack(updates), draws
+
+    def _member(self, rng: random.Random, task: int | None = None) -> _Member:
+        """An update like one of a new shadow, of any task or of one."""
+        mixed = [kind for kind in self.mixed if task in (None, kind[0])]
+        pure = [kind for kind in self.pure if task in (None, kind[0])]
+        kind = rng.choice(mixed if mixed and (not pure or rng.random() < MIXED_SHADOWS) else pure)
+        members = self.kinds[kind]
+        if "+" not in kind[1] and len(members) >= 3:
+            a, b, c = rng.sample(members, 3)
+            return _Member({a: 2 / 3, b: 2 / 3, c: -1 / 3}, [a, b])
+        a = rng.choice(members)
+        weights = {a: 1.0}
+        noisy = [other for other in self.pure if other[0] == kind[0] and len(self.kinds[other]) >= 2]
+        if noisy:
+            t = rng.uniform(0, MOST_NOISE)
+            for k, sign in zip(rng.sample(self.kinds[rng.choice(noisy)], 2), (1, -1), strict=True):
+                weights[k] = weights.get(k, 0.0) + sign * t
+        return _Member(weights, [a])
+
+    def _task_of(self, member: _Member) -> int:
+        return next(task for (task, _), members in self.kinds.items() if member.rows_of[0] in members)

@@ -1,0 +1,55 @@
+"""Inputs of the behaviour loss."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import torch
+
+from gt_ray.training.inputs import LARGEST_SCALE, Inputs
+
+TASK = [0] * 6 + [1] * 6
+DOMAIN = ["a", "a", "a", "b", "b", "a+b"] * 2
+
+
+def one_hot() -> Inputs:
+    """Updates that tell the weights of the shadows in what is drawn."""
+    return Inputs(torch.eye(12)[:, None], TASK, DOMAIN, [100 + k for k in range(12)])
+
+
+def test_inputs_are_weights_of_shadows_of_one_task_that_sum_to_one_and_rows_are_of_them() -> None:
+    updates, draws = one_hot().draw(300, 4, 0.5, random.Random(0))
+    assert updates.shape == (300, 1, 12) and all(len(draw) == 4 for draw in draws)
+    for weights, draw in zip(updates[:, 0], draws, strict=True):
+        assert 1 - 1e-5 < float(weights.sum()) < LARGEST_SCALE + 1e-5
+        (task,) = {TASK[int(k)] for k in weights.nonzero()[:, 0]}
+        assert all(TASK[shadow - 100] == task and row >= 0 for shadow, row in draw)
+    drawn = Counter(DOMAIN[shadow - 100] for draw in draws for shadow, _ in draw)
+    assert drawn.keys() == {"a", "b", "a+b"}
+
+
+def test_a_new_shadow_of_a_kind_has_its_mean_and_the_noise_of_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    known = torch.randn(400, 1, 50, generator=generator) + 3
+    inputs = Inputs(known, [0] * 400, ["a"] * 400, list(range(400)))
+    updates, _ = inputs.draw(2000, 1, 0.0, random.Random(0))
+    as_they_are = updates[updates.mean((1, 2)) < 3.5]
+    assert 1200 < len(as_they_are) < 1700  # the others were made larger
+    assert abs(float(as_they_are.mean()) - 3) < 0.1 and abs(float(as_they_are.std()) - 1) < 0.1
+    assert not any(torch.equal(update, shadow) for update in updates[:20] for shadow in known)
+
+
+def test_few_shadows_without_mixtures_are_taken_as_they_are() -> None:
+    updates, draws = Inputs(torch.eye(2)[:, None], [0, 1], ["", ""], [0, 1]).draw(20, 2, 0.0, random.Random(0))
+    for update, draw in zip(updates[:, 0], draws, strict=True):
+        assert (update > 0).sum() == 1 and {k for k, _ in draw} == {int(update.argmax())}
+
+
+def test_the_order_of_batches_does_not_matter() -> None:
+    parts = [
+        {"S": torch.eye(12)[k : k + 1, None], "task": torch.tensor([TASK[k]]), "shadow": torch.tensor([k])}
+        for k in range(12)
+    ]
+    first, other = (Inputs.of(batches, DOMAIN).draw(9, 3, 0.5, random.Random(1)) for batches in (parts, parts[::-1]))
+    assert torch.equal(first[0], other[0]) and first[1] == other[1]
