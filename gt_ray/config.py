@@ -171,6 +171,9 @@ class BehaviourSettings(Section):
     rows: int = Field(8, ge=1, description="rows that each of them is tried on")
     mix: float = Field(0.5, ge=0, le=1, description="share of the inputs that are mixtures of two")
     learning_rate: float = Field(3e-4, gt=0)
+    teacher: float = Field(
+        0.0, ge=0, le=1, description="share of the loss that is the divergence from proxy-tuning; needs one vocabulary"
+    )
     workers: int = Field(1, ge=1, description="LLM actors")
 
 

@@ -85,17 +85,24 @@ class TargetLosses:
         if not self.plain_head:
             logits_RTV = self.model(**self._inputs(batch), use_cache=False).logits
             return _cross_entropy(logits_RTV.flatten(0, 1)[batch.due_n], batch.target_n)
-        self._due_n = batch.due_n
-        hidden_nd = self._hidden(batch).index_select(0, batch.due_n)
         head = self.model.get_output_embeddings()
 
         def loss(hidden: Tensor, target: Tensor) -> Tensor:
             return _cross_entropy(head(hidden), target)
 
-        size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-        if len(hidden_nd) <= size:
-            return loss(hidden_nd, batch.target_n)
-        pieces = zip(hidden_nd.split(size), batch.target_n.split(size), strict=True)
+        return self.in_pieces(loss, self.due_hidden(batch), batch.target_n)
+
+    def due_hidden(self, batch: Batch) -> Tensor:
+        """What the LM head sees [n, d] where a loss is due; right where `plain_head` is."""
+        self._due_n = batch.due_n
+        return self._hidden(batch).index_select(0, batch.due_n)
+
+    def in_pieces(self, loss: Callable[..., Tensor], *parts: Tensor) -> Tensor:
+        """A loss of each of n tokens, from parts with n rows each; logits of so many at once as memory should hold."""
+        size = max(1, LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
+        if len(parts[0]) <= size:
+            return loss(*parts)
+        pieces = zip(*(part.split(size) for part in parts), strict=True)
         return torch.cat([checkpoint(loss, *piece, use_reentrant=False) for piece in pieces])
 
     def by_adapter(self, batch: Batch, G: int) -> tuple[Tensor, Tensor]:

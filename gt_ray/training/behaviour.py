@@ -31,16 +31,24 @@ class LlmActor:
 
         torch.set_num_threads(1)
         self.study: Study = ray.get(shared["study"])
-        settings = model_settings(self.study.config, "llm")
-        self.tokenizer = load_tokenizer(settings.model)
-        model = load_model(settings, "cuda" if ray.get_gpu_ids() else "cpu")
-        self.behaviour = Behaviour(model, self.study.roots["llm"])
+        config, roots, device = self.study.config, self.study.roots, "cuda" if ray.get_gpu_ids() else "cpu"
+        self.tokenizer = load_tokenizer(config.pair.llm.model)
+        weight = config.grad_transformer.training.behaviour.teacher
+        proxy = (load_model(config.pair.tinylm, device), roots["tinylm"]) if weight else None
+        self.behaviour = Behaviour(load_model(config.pair.llm, device), roots["llm"], proxy, weight)
         self.samples: dict[int, list[Any]] = {}
 
-    def losses(self, update_GLd: Any, draws: list[Draw], gradient: bool) -> tuple[Any, Any]:
-        """Loss [G] of each update on its rows, and gradients [G, L, d] or none, as numpy arrays."""
+    def losses(self, update_GLd: Any, draws: list[Draw], update_S_GLd: Any) -> tuple[Any, Any]:
+        """Loss [G] of each update on its rows, and gradients [G, L, d], as numpy arrays.
+
+        Args:
+            update_S_GLd: what the updates were generated from; none: the task's loss alone, without gradients.
+        """
         groups = [[(rows := self._rows(k))[row % len(rows)] for k, row in draw] for draw in draws]
-        loss_G, gradient_GLd = self.behaviour(torch.from_numpy(update_GLd.copy()), groups, gradient)
+        inputs = None if update_S_GLd is None else torch.from_numpy(update_S_GLd.copy())
+        loss_G, gradient_GLd = self.behaviour(
+            torch.from_numpy(update_GLd.copy()), groups, update_S_GLd is not None, inputs
+        )
         return loss_G.numpy(), None if gradient_GLd is None else gradient_GLd.numpy()
 
     def _rows(self, k: int) -> list[Any]:
@@ -74,21 +82,30 @@ class LlmActors:
         return cls([kind.remote(shared) for _ in range(workers)])
 
     def __call__(
-        self, update_GLd: Tensor, draws: Sequence[Draw], gradient: bool = True
+        self, update_GLd: Tensor, draws: Sequence[Draw], update_S_GLd: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Loss a target token of each update [G], and its gradient [G, L, d], on the update's device."""
+        """Loss a target token of each update [G], and its gradient [G, L, d], on the update's device.
+
+        Args:
+            update_S_GLd: what the updates were generated from; none: the task's loss alone, without gradients.
+        """
         import ray
 
         size = -(-len(draws) // len(self.actors))
         array = update_GLd.detach().float().cpu().numpy()
+        inputs = None if update_S_GLd is None else update_S_GLd.float().cpu().numpy()
         parts = ray.get(
             [
-                actor.losses.remote(array[first : first + size], list(draws[first : first + size]), gradient)
+                actor.losses.remote(
+                    array[first : first + size],
+                    list(draws[first : first + size]),
+                    None if inputs is None else inputs[first : first + size],
+                )
                 for actor, first in zip(self.actors, range(0, len(draws), size), strict=False)
             ]
         )
         loss_G = torch.cat([torch.from_numpy(loss.copy()) for loss, _ in parts]).to(update_GLd.device)
-        if not gradient:
+        if inputs is None:
             return loss_G, None
         return loss_G, torch.cat([torch.from_numpy(part.copy()) for _, part in parts]).to(update_GLd.device)
 

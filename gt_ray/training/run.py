@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from gt_ray.baselines.proxy_tuning import share_vocabulary
 from gt_ray.cluster import connect
 from gt_ray.config import GradTransformerSettings
 from gt_ray.curation.study import Study
@@ -108,6 +109,12 @@ def train(study: Study, name: str = MODEL) -> Path:
     }
     llm = None
     if training.behaviour.steps:
+        pair = study.config.pair
+        if training.behaviour.teacher and not share_vocabulary(pair.tinylm.model, pair.llm.model):
+            raise UserError(
+                f"behaviour.teacher={training.behaviour.teacher} adds the logits of {pair.tinylm.model} and "
+                f"{pair.llm.model}, but their vocabularies differ; set it to 0"
+            )
         streams["inputs"] = ray.data.from_items(input_keys(study)).map_batches(
             load_input_batch, fn_kwargs={"store": study.store}, num_cpus=0.5
         )

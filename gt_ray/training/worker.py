@@ -170,7 +170,7 @@ def behave(trained: Any, model: GradTransformer, update_S_GLd: Tensor, draws: Se
         trained: the model, perhaps wrapped for data-parallel training.
     """
     update_GLd = model.standard_T.inverse(trained(update_S_GLd))
-    loss_G, gradient_GLd = llm(update_GLd, draws)
+    loss_G, gradient_GLd = llm(update_GLd, draws, update_S_GLd)
     assert gradient_GLd is not None
     ((update_GLd * gradient_GLd).sum() / len(draws)).backward()
     return float(loss_G.mean())
@@ -202,7 +202,7 @@ def validate(model: GradTransformer, tuples: Tuples, llm: LlmActors | None) -> d
         for weights_N in weights_MN:
             members = [int(n) for n in weights_N.nonzero()[:, 0]]
             draws.append([(int(tuples.shadow_N[members[i % len(members)]]), i) for i in range(VALIDATION_ROWS)])
-        found["validation_behaviour"] = float(llm(update_MLd, draws, gradient=False)[0].mean())
+        found["validation_behaviour"] = float(llm(update_MLd, draws)[0].mean())
     model.train()
     return found
 
