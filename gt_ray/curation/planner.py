@@ -160,10 +160,14 @@ def _gpu_bytes() -> int:
 def plan_rows(config: Config, gpu_bytes: int) -> list[dict[str, str]]:
     """A line for each model: what curation needs with GPUs of a given size; for people."""
     rows = []
-    for settings in (config.pair.tinylm, config.pair.llm):
+    curation = config.curation
+    for settings, units in (
+        (config.pair.tinylm, curation.shadows + curation.tinylm_shadows),
+        (config.pair.llm, curation.shadows),
+    ):
         found = needs(settings)
         L, d = found.update_shape
-        snapshots = len(config.curation.snapshot_steps)
+        snapshots = len(curation.snapshot_steps)
         unit_bytes = L * d * (4 + (snapshots - 1) * 1.03)
         share = found.gpu_share(gpu_bytes, settings)
         at_once = max(1, int(((1 - RESERVE) * share * gpu_bytes - found.weight_bytes) // found.step_bytes))
@@ -176,8 +180,8 @@ def plan_rows(config: Config, gpu_bytes: int) -> list[dict[str, str]]:
                 "GPUs of a worker": f"{share:g} of {decimal(gpu_bytes)}",
                 "adapters in its memory": str(at_once),
                 "an update": f"{L} blocks of {d}",
-                "units in the store": f"{config.curation.shadows} of {snapshots} snapshots",
-                "size in the store": decimal(round(config.curation.shadows * unit_bytes)),
+                "units in the store": f"{units} of {snapshots} snapshots",
+                "size in the store": decimal(round(units * unit_bytes)),
             }
         )
     return rows

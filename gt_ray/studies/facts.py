@@ -47,6 +47,11 @@ def summary_of(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return entries if average is None else entries | {"average": average}
 
 
+def averages_of(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Population -> entry, on average over tasks."""
+    return {name: dict(summary["average"]) for name, summary in (report.get("populations") or {}).items()}
+
+
 def scores_of(entry: Mapping[str, Any]) -> dict[str, float]:
     """System -> score of one task; systems in the order in which they are shown."""
     named = {name: entry.get(name) for name in MAIN} | (entry.get("controls") or {}) | (entry.get("baselines") or {})

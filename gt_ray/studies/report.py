@@ -25,6 +25,7 @@ from gt_ray.studies.facts import (
     GAP,
     LIKELIHOOD,
     RATIOS,
+    averages_of,
     command_of,
     duration,
     essentials,
@@ -41,6 +42,7 @@ from gt_ray.studies.facts import (
 from gt_ray.studies.plots import bars, curves, forest, role_of
 from gt_ray.updates.files import write_atomically
 
+OF_POPULATIONS = RATIOS | LIKELIHOOD | GAP | CERTAINTY
 UNBOUNDED = 10_000  # columns of an output that is no terminal
 
 
@@ -72,8 +74,7 @@ def print_table(report: dict[str, Any], ratios: Mapping[str, str] = RATIOS) -> N
 
 def print_populations(populations: dict[str, Any]) -> None:
     """Print systems by populations, on average over tasks."""
-    averages = {name: summary["average"] for name, summary in populations.items()}
-    print_table({"summary": averages}, RATIOS | LIKELIHOOD | GAP | CERTAINTY)
+    print_table({"summary": averages_of({"populations": populations})}, OF_POPULATIONS)
 
 
 def write_html(run_folder: Path) -> Path:
@@ -96,6 +97,8 @@ def write_html(run_folder: Path) -> Path:
     summary = summary_of(report)
     tasks = sorted(summary, key=lambda task: task != "average")  # the average first: a phone shows few columns
     grid, notes = grid_of(report, RATIOS | LIKELIHOOD)
+    populations = averages_of(report)
+    population_grid, population_notes = grid_of({"summary": populations}, OF_POPULATIONS)
     intervals = intervals_of({task: summary[task] for task in tasks})
     walls = walls_of(report)
     page = environment.get_template("report.html.jinja").render(
@@ -105,6 +108,9 @@ def write_html(run_folder: Path) -> Path:
         tasks=tasks,
         grid={name: dict(zip(summary, row, strict=True)) for name, row in grid.items()},
         notes=notes,
+        populations=list(populations) if len(populations) > 1 else [],
+        population_grid={name: dict(zip(populations, row, strict=True)) for name, row in population_grid.items()},
+        population_notes=population_notes,
         first_ratio=next((name for name in grid if name in RATIOS | LIKELIHOOD), None),
         roles=set(map(role_of, systems_of(summary))),
         score_charts=_score_charts(report),

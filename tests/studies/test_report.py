@@ -305,3 +305,13 @@ def test_populations_are_the_columns_of_their_table(capsys: pytest.CaptureFixtur
     assert ["ours", "71.0", "12.2"] in words
     assert ["gap", "closed", "61.5", "61.5"] in words
     assert "PGR, seen: over 3 of 6 tasks" in "\n".join(lines)
+
+
+def test_the_page_has_a_table_of_populations_where_there_are_several(tmp_path: Path) -> None:
+    average = entry_of(MAIN | CONTROLS, random.Random(0)) | {"out_of_range": 987.5}
+    for names in (["seen"], ["seen", HOSTILE]):
+        report = full_report() | {"populations": {name: {"average": average} for name in names}}
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        page = write_html(tmp_path).read_text()
+        assert ("Scores by population" in page) == (len(names) > 1)
+        assert ("987.5" in page) == (len(names) > 1) and HOSTILE not in page
