@@ -27,6 +27,8 @@ from gt_ray.training.inputs import Inputs
 from gt_ray.training.tuples import mixing_weights
 
 STATE, HISTORY = "training.json", "history.json"
+LEAST_GAIN = 1e-3
+"""Of a fine-tune, in loss a token, below which errors are not compared with it."""
 VALIDATION_ROWS = 16
 """Rows of a validation shadow that the behaviour of its generated update is measured on."""
 
@@ -190,7 +192,7 @@ def validate(model: GradTransformer, tuples: Tuples, llm: LlmActors | None) -> d
     error_N = (model(tuples.S_NLd) - target).square().flatten(1).sum(1)
     of_mean_N = target.square().flatten(1).sum(1)
     if model.certainty is not None:
-        model.certainty.error_V.copy_(error_N / of_mean_N)
+        model.certainty.set_errors(error_N / of_mean_N, of_behaviour=False)
     found = {
         "validation_loss": float(block_loss(model(tuples.S_NLd, tuples.T_NLd), target)),
         "validation_generated": float(error_N.sum() / of_mean_N.sum()),
@@ -202,7 +204,14 @@ def validate(model: GradTransformer, tuples: Tuples, llm: LlmActors | None) -> d
         for weights_N in weights_MN:
             members = [int(n) for n in weights_N.nonzero()[:, 0]]
             draws.append([(int(tuples.shadow_N[members[i % len(members)]]), i) for i in range(VALIDATION_ROWS)])
-        found["validation_behaviour"] = float(llm(update_MLd, draws)[0].mean())
+        loss_M, _ = llm(update_MLd, draws)
+        found["validation_behaviour"] = float(loss_M.mean())
+        if model.certainty is not None:
+            N = len(target)
+            known = torch.cat([torch.zeros_like(tuples.T_NLd), tuples.T_NLd])
+            base_N, tuned_N = llm(known, [*draws[:N], *draws[:N]])[0].chunk(2)
+            gain_N = (base_N - tuned_N).clamp(min=LEAST_GAIN)
+            model.certainty.set_errors((loss_M[:N] - tuned_N) / gain_N, of_behaviour=True)
     model.train()
     return found
 

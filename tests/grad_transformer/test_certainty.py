@@ -16,7 +16,7 @@ from tests.grad_transformer.test_network import LAYOUT_S, LAYOUT_T, PHI
 def certainty() -> Certainty:
     found = Certainty(K=2, V=3, P=2)
     found.fit(torch.tensor([[0.0, 0.0], [10.0, 0.0]]), torch.tensor([[1.0, 0.0], [10.0, 2.0], [6.0, 3.0]]))
-    found.error_V.copy_(torch.tensor([0.1, 0.2, 0.6]))
+    found.set_errors(torch.tensor([0.1, 0.2, 0.6]), of_behaviour=False)
     return found
 
 
@@ -25,7 +25,9 @@ def test_the_distance_is_that_of_the_nearest_shadow_over_the_usual_one(certainty
     estimate = certainty(torch.tensor([7.0, 4.0]))
     assert (estimate.distance, estimate.range, estimate.out_of_range) == (2.5, 2.5, False)
     assert estimate.error == pytest.approx(0.3) and estimate.error_high == pytest.approx(0.52)
-    assert "2.50 (1 is usual" in estimate.text and "0.30 on average" in estimate.text
+    assert "2.50 (1 is usual" in estimate.text and "mean update's: 0.30 on average" in estimate.text
+    certainty.set_errors(certainty.error_V, of_behaviour=True)
+    assert "fine-tuning the LLM gains" in certainty(torch.tensor([7.0, 4.0])).text
 
 
 def test_further_away_than_every_validation_shadow_nothing_is_known(certainty: Certainty) -> None:
