@@ -82,9 +82,9 @@ def train(study: Study, name: str = MODEL) -> Path:
     training = settings.training
     progress_file = (study.config.run_folder / "training" / "step").resolve()
     n_tuples = len(keys[False]) * study.config.curation.snapshots
-    for name, size in (("batch_size", training.batch_size), ("behaviour.adapters", training.behaviour.adapters)):
+    for key, size in (("batch_size", training.batch_size), ("behaviour.adapters", training.behaviour.adapters)):
         if size % training.workers:
-            raise UserError(f"training.{name}={size} does not divide among {training.workers} workers")
+            raise UserError(f"training.{key}={size} does not divide among {training.workers} workers")
     # Each worker gets an equal share of the tuples and drops what does not fill its last batch.
     each = training.batch_size // training.workers
     steps = (training.epochs * n_tuples // training.workers) // each
