@@ -103,7 +103,7 @@ class DataSettings(Section):
     validation_share: float = Field(0.1, gt=0, lt=1, description="share of the public rows that validates")
     embedded_rows: int = Field(4096, ge=64, description="source=embedded: public training rows of a task")
     unseen_domains: int = Field(
-        0, ge=0, le=2, description="source=embedded: domains of a task that no public row has, of each task others"
+        0, ge=0, le=1, description="source=embedded: domains of a task that no public row has, of each task another"
     )
     client_test_share: float = Field(0.1, gt=0, lt=1, description="share of a client's rows that tests (Table 2)")
     seed: int = 0
@@ -227,6 +227,8 @@ class GradTransformerSettings(Section):
     def _check(self) -> GradTransformerSettings:
         if self.phi is None and not self.linear_rank:
             raise ValueError("phi=null leaves the linear path alone, but linear_rank=0 means that there is none")
+        if self.phi is None and not self.training.behaviour.steps:
+            raise ValueError("phi=null leaves the linear path alone, which is trained by training.behaviour.steps only")
         return self
 
 

@@ -122,9 +122,13 @@ def _by_plateau(settings: ModelSettings) -> bool:
 
 
 def _held_out(data: TaskData, rows: _Rows, seed: int, n: int, name: str) -> list[int]:
-    """Public validation rows of the same task and domain that the fine-tune does not train on; the same for S and T."""
+    """Public validation rows of the same task and domain that the fine-tune does not train on; the same for S and T.
+
+    Of all domains where no public row has a client's own.
+    """
     own = set(rows.positions) if rows.split == HELD_OUT else set()
-    free = [i for i in data.positions(rows.task, HELD_OUT, rows.domain) if i not in own]
+    found = data.positions(rows.task, HELD_OUT, rows.domain) or data.positions(rows.task, HELD_OUT)
+    free = [i for i in found if i not in own]
     if len(free) < n:
         raise UserError(
             f"{name}: {len(free)} rows of {rows.task} {rows.domain} are left to hold out, fine_tune.stop.held_out={n}; "

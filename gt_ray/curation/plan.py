@@ -111,7 +111,8 @@ class _Pools:
     def draw(self, task: str, split: str, mixture: str, seed: int, name: str) -> list[int]:
         """Positions of a shadow's rows; of a mixture a random share from each domain, at least a fifth."""
         rng = random.Random(f"shadow/{seed}")
-        domains, n = mixture.split("+"), self.settings.samples
+        domains = mixture.split("+") if self.settings.plan == "mixtures" else [mixture]
+        n = self.settings.samples
         first = n if len(domains) == 1 else round(n * rng.uniform(LEAST_SHARE, 1 - LEAST_SHARE))
         positions: list[int] = []
         for domain, count in zip(domains, (first, n - first), strict=False):

@@ -12,6 +12,7 @@ from gt_ray.baselines.proxy_tuning import Proxy, ProxyTuning, add_shift
 from gt_ray.config import EvaluationSettings, ModelSettings
 from gt_ray.evaluation.scorer import System, TransformersScorer
 from gt_ray.learning.batches import padded
+from gt_ray.learning.losses import LOGITS_AT_ONCE
 from gt_ray.learning.samples import Sample
 from gt_ray.pairs.models import load_model
 from gt_ray.pairs.root import Root
@@ -48,6 +49,12 @@ class ProxyScorer(TransformersScorer):
     def _log_likelihoods(self, samples: dict[int, Sample]) -> dict[int, float]:
         if not samples:
             return {}
+        longest, V = max(map(len, samples.values())), self.model.config.get_text_config().vocab_size
+        size = max(1, LOGITS_AT_ONCE // (longest * V))
+        if len(samples) > size:  # logits of three models are large
+            numbers = list(samples)
+            parts = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+            return {n: v for part in parts for n, v in self._log_likelihoods({n: samples[n] for n in part}).items()}
         batch = padded([[sample] for sample in samples.values()], self.tokenizer.pad_token_id).to(self.model.device)
         logits_RTV = add_shift(self.model(batch.ids_RT, use_cache=False).logits, self.proxy.shift(batch.ids_RT))
         log_p_nV = logits_RTV.flatten(0, 1)[batch.due_n].log_softmax(-1)

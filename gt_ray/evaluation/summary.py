@@ -151,7 +151,8 @@ def _comparisons(entry: Mapping[str, Any], by_system: Mapping[str, ByClient]) ->
         if "ours" not in means:
             continue
         found |= {f"{key}{suffix}": value for key, value in _recovered(means, by_system, values).items()}
-        found |= {f"{key}{suffix}": value for key, value in _gap_closed(means, entry["controls"]).items()}
+        closed = _gap_closed(means, entry["controls"], by_system, values)
+        found |= {f"{key}{suffix}": value for key, value in closed.items()}
         found[f"ours_minus{suffix}"] = {
             name: _interval(by_system["ours"], clients, values)
             for name, clients in by_system.items()
@@ -174,7 +175,9 @@ def _recovered(
         np.asarray([np.nanmean(values(by_system[system][name])) for name in names])
         for system in ("ours", "P_T", "base_T")
     )
-    picks = np.random.default_rng(0).integers(0, len(names), (RESAMPLES, len(names)))
+    read = np.isfinite(ours) & np.isfinite(best) & np.isfinite(base)
+    ours, best, base = ours[read], best[read], base[read]
+    picks = np.random.default_rng(0).integers(0, len(ours), (RESAMPLES, len(ours)))
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = 100 * (ours - base)[picks].mean(1) / (best - base)[picks].mean(1)
     low, high = np.percentile(shares[np.isfinite(shares)], [2.5, 97.5])
@@ -184,14 +187,22 @@ def _recovered(
     }
 
 
-def _gap_closed(means: Mapping[str, float], controls: Iterable[str]) -> dict[str, Any]:
-    """The best control, and (ours - it) / (P_T - it) in percent; nothing where no control is below P_T."""
+def _gap_closed(
+    means: Mapping[str, float],
+    controls: Iterable[str],
+    by_system: Mapping[str, ByClient],
+    values: Callable[[ClientScores], Any],
+) -> dict[str, Any]:
+    """The best control, and (ours - it) / (P_T - it) in percent, where that gap is more than noise."""
     known = [name for name in controls if name in means]
     if not known or "P_T" not in means:
         return {}
     best = max(known, key=means.__getitem__)
-    share = 100 * (means["ours"] - means[best]) / (means["P_T"] - means[best]) if means["P_T"] > means[best] else None
-    return {"best_control": best} | ({} if share is None else {"gap_closed": share})
+    gap, gap_se = _paired(by_system["P_T"], by_system[best], values)
+    if gap <= 2 * gap_se or means["P_T"] <= means[best]:
+        return {"best_control": best}
+    share = 100 * (means["ours"] - means[best]) / (means["P_T"] - means[best])
+    return {"best_control": best, "gap_closed": share}
 
 
 def _paired(better: ByClient, worse: ByClient, values: Callable[[ClientScores], Any] = _scores) -> tuple[float, float]:

@@ -46,11 +46,12 @@ class Estimate:
         """For people."""
         where = f"{self.distance:.2f} (1 is usual, {self.range:.2f} the largest that was validated)"
         if self.error is None:
-            return f"Distance from the shadows: {where}. OUT OF RANGE: the error of this adapter is not known."
+            flag = "OUT OF RANGE: the" if self.out_of_range else "The"
+            return f"Distance from the shadows: {where}. {flag} error of this adapter is not known."
         what = (
-            "Of what fine-tuning the LLM gains, generated updates at such distances lose"
+            "Of what fine-tuning the LLM gains on their own rows, the generated updates of validation shadows lose"
             if self.of_behaviour
-            else "Error of generated updates at such distances, as a share of the mean update's:"
+            else "Error of the generated updates of validation shadows, as a share of the mean update's:"
         )
         return (
             f"Distance from the shadows: {where}. {what} {self.error:.2f} on average, up to {self.error_high:.2f} in "
@@ -85,7 +86,7 @@ class Certainty(nn.Module):
         self.distance_V.copy_(self._distance(validation_VP))
 
     def set_errors(self, error_V: Tensor, of_behaviour: bool) -> None:
-        """What the validation shadows say of the model as it is now."""
+        """What the validation shadows say of the model as it is now; NaN where one says nothing."""
         self.error_V.copy_(error_V)
         self.of_behaviour.fill_(of_behaviour)
 
@@ -99,7 +100,8 @@ class Certainty(nn.Module):
         of_behaviour = bool(self.of_behaviour)
         distance = float(self._distance(z_P[None])[0] / usual)
         largest = float(self.distance_V.max() / usual)
-        if distance > largest:
+        known = self.error_V[self.error_V.isfinite()]
+        if distance > largest or not len(known):
             return Estimate(distance, largest, None, None, of_behaviour)
-        high = float(self.error_V.quantile(ERROR_QUANTILE))
-        return Estimate(distance, largest, float(self.error_V.mean()), high, of_behaviour)
+        high = float(known.quantile(ERROR_QUANTILE))
+        return Estimate(distance, largest, float(known.mean()), high, of_behaviour)

@@ -90,7 +90,7 @@ class Engine:
         self._most_tokens: int | None = None  # of a pass, since more ran out of memory
         self._measured = (0, 0)  # tokens of the longest step of one adapter that was measured, bytes that it took
         if gradient_checkpointing:
-            _checkpoint_layers(model)
+            checkpoint_layers(model)
 
     def groups(self, sets: Sequence[TrainingSet], settings: FineTuneSettings) -> list[list[int]]:
         """The sets that are trained together: as few groups as these sets' lengths allow, of even sizes."""
@@ -320,7 +320,8 @@ def _check(sets: Sequence[TrainingSet], settings: FineTuneSettings, snapshot_ste
             )
 
 
-def _checkpoint_layers(model: PreTrainedModel) -> None:
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Let every layer compute its activations again in the backward pass instead of keeping them."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     # Not transformers' own switch: it works in training mode only, which turns dropout on.

@@ -61,9 +61,12 @@ class TaskData:
         return [kind for turn in turns for kind in turn if kind]
 
     def positions(self, task: str, split: str, domain: str = "") -> list[int]:
-        """Positions in the pool (task, split) of the rows of a domain; of all rows where it is empty."""
+        """Positions in the pool (task, split) of the rows of a domain, or of those that a mixture `a+b` names; of all
+        rows where it is empty."""
         pool = self.pools[task, split]
-        return [i for i, row in enumerate(pool) if not domain or row.get("domain", "") == domain]
+        own = [i for i, row in enumerate(pool) if not domain or row.get("domain", "") == domain]
+        parts = set(domain.split("+")) if "+" in domain else set()
+        return own or [i for i, row in enumerate(pool) if row.get("domain", "") in parts]
 
     def rows(self, task: str, split: str, positions: Iterable[int]) -> list[Row]:
         """Rows by position."""

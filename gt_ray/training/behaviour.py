@@ -15,6 +15,8 @@ from gt_ray.cluster import connect
 from gt_ray.curation.jobs import model_settings
 from gt_ray.curation.planner import gpus_of_an_actor
 from gt_ray.curation.study import Study
+from gt_ray.errors import UserError
+from gt_ray.learning.memory import is_out_of_memory, release
 
 Draw = list[tuple[int, int]]
 """The rows that one adapter is tried on: number of the shadow, number of the row, counted round among the shadow's."""
@@ -27,6 +29,7 @@ class LlmActor:
         import ray
 
         from gt_ray.learning.behaviour import Behaviour
+        from gt_ray.learning.engine import checkpoint_layers
         from gt_ray.pairs.models import load_model, load_tokenizer
 
         torch.set_num_threads(1)
@@ -35,21 +38,43 @@ class LlmActor:
         self.tokenizer = load_tokenizer(config.pair.llm.model)
         weight = config.grad_transformer.training.behaviour.teacher
         proxy = (load_model(config.pair.tinylm, device), roots["tinylm"]) if weight else None
-        self.behaviour = Behaviour(load_model(config.pair.llm, device), roots["llm"], proxy, weight)
+        model = load_model(config.pair.llm, device)
+        if config.pair.llm.gradient_checkpointing:
+            checkpoint_layers(model)
+        self.behaviour = Behaviour(model, roots["llm"], proxy, weight)
+        self.at_once = config.grad_transformer.training.behaviour.adapters
         self.samples: dict[int, list[Any]] = {}
 
     def losses(self, update_GLd: Any, draws: list[Draw], update_S_GLd: Any) -> tuple[Any, Any]:
         """Loss [G] of each update on its rows, and gradients [G, L, d], as numpy arrays.
 
+        In parts of as many updates as a training step has, fewer after running out of memory.
+
         Args:
             update_S_GLd: what the updates were generated from; none: the task's loss alone, without gradients.
         """
         groups = [[(rows := self._rows(k))[row % len(rows)] for k, row in draw] for draw in draws]
+        updates = torch.from_numpy(update_GLd.copy())
         inputs = None if update_S_GLd is None else torch.from_numpy(update_S_GLd.copy())
-        loss_G, gradient_GLd = self.behaviour(
-            torch.from_numpy(update_GLd.copy()), groups, update_S_GLd is not None, inputs
-        )
-        return loss_G.numpy(), None if gradient_GLd is None else gradient_GLd.numpy()
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
+        first = 0
+        while first < len(groups):
+            part = slice(first, first + self.at_once)
+            try:
+                loss_G, gradient_GLd = self.behaviour(
+                    updates[part], groups[part], inputs is not None, None if inputs is None else inputs[part]
+                )
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self.at_once == 1:
+                    raise
+                self.at_once //= 2
+                release(self.behaviour.losses.device)
+                continue
+            losses.append(loss_G)
+            gradients += [] if gradient_GLd is None else [gradient_GLd]
+            first = part.stop
+        return torch.cat(losses).numpy(), torch.cat(gradients).numpy() if gradients else None
 
     def _rows(self, k: int) -> list[Any]:
         if k not in self.samples:
@@ -74,9 +99,20 @@ class LlmActors:
         """Start actors, each on the GPUs that a fine-tune of the LLM takes.
 
         Without a GPU they work while the trainers wait for them, so they take no CPU of their own.
+
+        Raises:
+            UserError: the cluster has too few GPUs for them and the trainers.
         """
         ray = connect()
-        num_gpus = gpus_of_an_actor(model_settings(study.config, "llm"), ray.cluster_resources())
+        resources, training = ray.cluster_resources(), study.config.grad_transformer.training
+        num_gpus = gpus_of_an_actor(model_settings(study.config, "llm"), resources)
+        wanted = workers * num_gpus + training.workers * training.num_gpus
+        if wanted > resources.get("GPU", 0):
+            raise UserError(
+                f"{workers} LLM actors of {num_gpus:g} GPUs and {training.workers} trainers of {training.num_gpus:g} "
+                f"need {wanted:g} GPUs, but this Ray cluster has {resources.get('GPU', 0):g}; lower behaviour.workers, "
+                "training.num_gpus or pair.llm.num_gpus"
+            )
         kind = ray.remote(num_cpus=0, num_gpus=num_gpus, max_restarts=3, max_task_retries=3)(LlmActor)
         shared = {"study": ray.put(study)}
         return cls([kind.remote(shared) for _ in range(workers)])

@@ -16,7 +16,7 @@ import torch
 
 from gt_ray.baselines.proxy_tuning import share_vocabulary
 from gt_ray.cluster import connect
-from gt_ray.config import GradTransformerSettings
+from gt_ray.config import GradTransformerSettings, TrainingSettings
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.network import GradTransformer, make_phi
@@ -60,6 +60,7 @@ def train(study: Study, name: str = MODEL) -> Path:
         UserError: curation has not run.
     """
     settings = models(study)[name]
+    _check(study, settings.training)
     out = study.config.run_folder / name
     keys = {validation: shadow_keys(study, validation) for validation in (False, True)}
     needed = [row[side] for rows in keys.values() for row in rows for side in ("S", "T")]
@@ -81,10 +82,7 @@ def train(study: Study, name: str = MODEL) -> Path:
         _initial_model(study, settings, keys).save(start)
     training = settings.training
     progress_file = (study.config.run_folder / "training" / "step").resolve()
-    n_tuples = len(keys[False]) * study.config.curation.snapshots
-    for key, size in (("batch_size", training.batch_size), ("behaviour.adapters", training.behaviour.adapters)):
-        if size % training.workers:
-            raise UserError(f"training.{key}={size} does not divide among {training.workers} workers")
+    n_tuples = len(keys[False]) * len(study.config.curation.snapshot_steps)
     # Each worker gets an equal share of the tuples and drops what does not fill its last batch.
     each = training.batch_size // training.workers
     steps = (training.epochs * n_tuples // training.workers) // each
@@ -109,12 +107,6 @@ def train(study: Study, name: str = MODEL) -> Path:
     }
     llm = None
     if training.behaviour.steps:
-        pair = study.config.pair
-        if training.behaviour.teacher and not share_vocabulary(pair.tinylm.model, pair.llm.model):
-            raise UserError(
-                f"behaviour.teacher={training.behaviour.teacher} adds the logits of {pair.tinylm.model} and "
-                f"{pair.llm.model}, but their vocabularies differ; set it to 0"
-            )
         streams["inputs"] = ray.data.from_items(input_keys(study)).map_batches(
             load_input_batch, fn_kwargs={"store": study.store}, num_cpus=0.5
         )
@@ -176,6 +168,23 @@ def train(study: Study, name: str = MODEL) -> Path:
     return out
 
 
+def _check(study: Study, training: TrainingSettings) -> None:
+    """Refuse what cannot be trained, before anything is."""
+    sizes = {"batch_size": training.batch_size}
+    if training.behaviour.steps:
+        sizes["behaviour.adapters"] = training.behaviour.adapters
+    for key, size in sizes.items():
+        if size % training.workers:
+            raise UserError(f"training.{key}={size} does not divide among {training.workers} workers")
+    pair = study.config.pair
+    taught = training.behaviour.steps and training.behaviour.teacher
+    if taught and not share_vocabulary(pair.tinylm.model, pair.llm.model):
+        raise UserError(
+            f"behaviour.teacher={training.behaviour.teacher} adds the logits of {pair.tinylm.model} and "
+            f"{pair.llm.model}, but their vocabularies differ; set it to 0"
+        )
+
+
 @contextmanager
 def _followed(progress_file: Path, total: int) -> Iterator[None]:
     """A progress bar of what the workers write to `progress_file`."""
@@ -205,7 +214,7 @@ def _followed(progress_file: Path, total: int) -> Iterator[None]:
 def training_key(study: Study, settings: GradTransformerSettings) -> str:
     """Hash of all that a training depends on."""
     units = [row for validation in (False, True) for row in shadow_keys(study, validation)]
-    units += input_keys(study) if settings.training.behaviour.steps else []
+    units += input_keys(study)
     return unit_key({"settings": settings.model_dump(mode="json"), "units": units, "seed": study.config.seed})
 
 
@@ -246,13 +255,13 @@ def _initial_model(
     roots: dict[str, str] = {side: root.hash for side, root in study.roots.items()}
     rank = min(settings.linear_rank, len(keys[False]) - 1)
     phi = make_phi(settings.phi) if settings.phi else None
-    training, validation = (last_updates(study.store, keys[held_out]) for held_out in (False, True))
     inputs = load_inputs([row["S"] for row in input_keys(study)], study.store)
-    shadows = len(inputs), len(validation[0])
+    validation_S = load_inputs([row["S"] for row in keys[True]], study.store)
+    shadows = len(inputs), len(validation_S)
     model = GradTransformer(layout_S, layout_T, phi, roots, settings.input_clip, rank, shadows)
     model.standard_S.fit(side_chunks(study.store, keys[False], "S"), layout_S, settings.scale_floor)
     model.standard_T.fit(side_chunks(study.store, keys[False], "T"), layout_T, settings.scale_floor)
     if model.linear is not None:
-        model.fit_linear(training, validation)
-    model.fit_certainty(inputs, validation[0])
+        model.fit_linear(*(last_updates(study.store, keys[held_out]) for held_out in (False, True)))
+    model.fit_certainty(inputs, validation_S)
     return model

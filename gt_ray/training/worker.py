@@ -28,7 +28,7 @@ from gt_ray.training.tuples import mixing_weights
 
 STATE, HISTORY = "training.json", "history.json"
 LEAST_GAIN = 1e-3
-"""Of a fine-tune, in loss a token, below which errors are not compared with it."""
+"""Of a fine-tune, in loss a token, below which errors are not compared with it: of 4 digits one at best would count."""
 VALIDATION_ROWS = 16
 """Rows of a validation shadow that the behaviour of its generated update is measured on."""
 
@@ -78,11 +78,13 @@ def train_worker(config: dict[str, Any]) -> None:
     inputs = Inputs.of(list(_batches("inputs", 64, device)), config["domains"]) if llm else None
     # Ray Data may have more batches than there are steps, by rounding; behaviour needs none.
     tuples = _batches("train", settings.batch_size // world, device, drop_last=True)
-    batches = itertools.chain(itertools.islice(tuples, first_behaviour), itertools.repeat({}))
+    # The data of steps that a checkpoint already holds are passed over, those of a whole phase are not even read.
+    first_phase = itertools.islice(tuples, done, first_behaviour) if done < first_behaviour else ()
+    batches = itertools.chain(first_phase, itertools.repeat({}))
+    linear = list(model.linear.parameters()) if model.linear is not None else []
     losses: list[float] = []
     started = time.perf_counter()
-    # The data of steps that a checkpoint already holds are passed over.
-    for step, batch in itertools.islice(enumerate(batches), done, steps):
+    for step, batch in zip(range(done, steps), batches, strict=False):
         step_seed = config["seed"] * 1_000_003 + step * world + rank
         torch.manual_seed(step_seed)  # dropout
         optimizer.zero_grad()
@@ -93,6 +95,8 @@ def train_worker(config: dict[str, Any]) -> None:
             loss = block_loss(trained(update_S, update_T), model.standard_T(update_T))
             loss.backward()
             losses.append(loss.item())
+            for parameter in linear:
+                parameter.grad = None  # rests, also in the clipping and in the optimizer's moments
         else:
             assert llm is not None and inputs is not None
             size = settings.behaviour.adapters // world
@@ -203,15 +207,18 @@ def validate(model: GradTransformer, tuples: Tuples, llm: LlmActors | None) -> d
         draws: list[Draw] = []
         for weights_N in weights_MN:
             members = [int(n) for n in weights_N.nonzero()[:, 0]]
-            draws.append([(int(tuples.shadow_N[members[i % len(members)]]), i) for i in range(VALIDATION_ROWS)])
+            shadows = [int(tuples.shadow_N[members[i % len(members)]]) for i in range(VALIDATION_ROWS)]
+            # Not the first rows: those of a mixture lie domain after domain.
+            draws.append([(k, random.Random(f"{k}/{i}").randrange(2**31)) for i, k in enumerate(shadows)])
         loss_M, _ = llm(update_MLd, draws)
         found["validation_behaviour"] = float(loss_M.mean())
         if model.certainty is not None:
             N = len(target)
             known = torch.cat([torch.zeros_like(tuples.T_NLd), tuples.T_NLd])
             base_N, tuned_N = llm(known, [*draws[:N], *draws[:N]])[0].chunk(2)
-            gain_N = (base_N - tuned_N).clamp(min=LEAST_GAIN)
-            model.certainty.set_errors((loss_M[:N] - tuned_N) / gain_N, of_behaviour=True)
+            gain_N = base_N - tuned_N
+            error_N = torch.where(gain_N > LEAST_GAIN, (loss_M[:N] - tuned_N) / gain_N, torch.nan)
+            model.certainty.set_errors(error_N, of_behaviour=True)
     model.train()
     return found
 

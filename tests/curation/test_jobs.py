@@ -166,3 +166,18 @@ def test_a_client_of_more_steps_has_them_in_its_job_and_its_key(study: Study) ->
     job, long_job = (client_job(study.config, study.data, study.roots["llm"], "llm", one) for one in (client, longer))
     assert (job.steps, long_job.steps) == (3, 30) == (job.made_by["fine_tune"]["steps"], 30)
     assert long_job.made_by["fine_tune"] == {**job.made_by["fine_tune"], "steps": 30} and long_job.key != job.key
+
+
+def test_mixtures_and_unseen_domains_hold_out_rows_too(tiny_pair: Pair) -> None:
+    plateau = ["stop.when=plateau", "stop.every=1", "stop.decay_steps=2", "stop.held_out=4"]
+    overrides = [f"pair.{side}.fine_tune.{override}" for side in SIDES for override in plateau]
+    overrides += ["curation.plan=mixtures", "data.unseen_domains=1"]
+    overrides += ["clients.populations=[unseen_mixture, unseen_composition]"]
+    study = Study(tiny_pair, *overrides)
+    mixed = next(k for k, shadow in enumerate(study.shadows) if "+" in shadow.domain)
+    jobs = [study.shadow("llm", mixed)]
+    jobs += [client_job(study.config, study.data, study.roots["llm"], "llm", one) for one in study.data.clients]
+    for job in jobs:
+        assert len(set(job.held_out)) == 4
+    held_out = study.data.rows(jobs[0].task, "public-validation", jobs[0].held_out)
+    assert {row["domain"] for row in held_out} <= set(study.shadows[mixed].domain.split("+"))

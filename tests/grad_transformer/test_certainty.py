@@ -26,8 +26,11 @@ def test_the_distance_is_that_of_the_nearest_shadow_over_the_usual_one(certainty
     assert (estimate.distance, estimate.range, estimate.out_of_range) == (2.5, 2.5, False)
     assert estimate.error == pytest.approx(0.3) and estimate.error_high == pytest.approx(0.52)
     assert "2.50 (1 is usual" in estimate.text and "mean update's: 0.30 on average" in estimate.text
-    certainty.set_errors(certainty.error_V, of_behaviour=True)
-    assert "fine-tuning the LLM gains" in certainty(torch.tensor([7.0, 4.0])).text
+    certainty.set_errors(torch.tensor([torch.nan, 0.2, 0.4]), of_behaviour=True)
+    estimate = certainty(torch.tensor([7.0, 4.0]))
+    assert "fine-tuning the LLM gains" in estimate.text and estimate.error == pytest.approx(0.3)
+    certainty.set_errors(torch.full((3,), torch.nan), of_behaviour=True)
+    assert "not known" in certainty(torch.tensor([7.0, 4.0])).text
 
 
 def test_further_away_than_every_validation_shadow_nothing_is_known(certainty: Certainty) -> None:
