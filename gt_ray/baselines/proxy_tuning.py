@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
 
-from gt_ray.learning.stacked import stacked
+from gt_ray.learning.stacked import add_updates, stacked
 from gt_ray.pairs.models import load_tokenizer
 from gt_ray.pairs.root import Root
 
@@ -44,8 +44,7 @@ class Proxy:
     def wearing(self, update_Ld: Tensor) -> Iterator[None]:
         """Let the first half of every batch have the update, the second half none."""
         with stacked(self.model, self.root, G=2) as parameters, torch.no_grad():
-            for name, delta in self.root.layout.to_tensors(update_Ld).items():
-                parameters[name][0].add_(delta.to(parameters[name].device))
+            add_updates(parameters, self.root.layout, torch.stack([update_Ld, torch.zeros_like(update_Ld)]))
             yield
 
     def shift(self, ids_RT: Tensor, **inputs: Any) -> Tensor:

@@ -83,7 +83,8 @@ def plan_shadows(config: Config, data: TaskData) -> list[Shadow]:
         mixed = bool(mixtures) and number % 2 == 1
         if mixtures:
             number //= 2
-        task, domain = (mixtures if mixed else kinds)[number % len(mixtures if mixed else kinds)]
+        turns = mixtures if mixed else kinds
+        task, domain = turns[number % len(turns)]
         split = "public-validation" if validation else "public-train"
         positions = pools.draw(task, split, domain, seed, f"shadow {k}")
         rows = fingerprint(task, data.rows(task, split, positions))

@@ -12,7 +12,7 @@ from gt_ray.baselines.proxy_tuning import Proxy, ProxyTuning, add_shift
 from gt_ray.config import EvaluationSettings, ModelSettings
 from gt_ray.evaluation.scorer import System, TransformersScorer
 from gt_ray.learning.batches import padded
-from gt_ray.learning.losses import LOGITS_AT_ONCE
+from gt_ray.learning.losses import LOGITS_AT_ONCE, sums_by_adapter
 from gt_ray.learning.samples import Sample
 from gt_ray.pairs.models import load_model
 from gt_ray.pairs.root import Root
@@ -59,5 +59,5 @@ class ProxyScorer(TransformersScorer):
         logits_RTV = add_shift(self.model(batch.ids_RT, use_cache=False).logits, self.proxy.shift(batch.ids_RT))
         log_p_nV = logits_RTV.flatten(0, 1)[batch.due_n].log_softmax(-1)
         log_p_n = log_p_nV.gather(1, batch.target_n[:, None])[:, 0]
-        sums = log_p_n.new_zeros(len(samples)).index_add(0, batch.adapter_n, log_p_n)
+        sums, _ = sums_by_adapter(log_p_n, batch, len(samples))
         return dict(zip(samples, sums.tolist(), strict=True))

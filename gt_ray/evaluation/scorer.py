@@ -21,7 +21,7 @@ from gt_ray.errors import UserError
 from gt_ray.evaluation.results import Finish, RowScore
 from gt_ray.learning.losses import TargetLosses
 from gt_ray.learning.samples import Sample, encode
-from gt_ray.learning.stacked import stacked
+from gt_ray.learning.stacked import add_updates, stacked
 from gt_ray.pairs.models import load_model, load_tokenizer, resolve
 from gt_ray.pairs.root import Root
 from gt_ray.tasks import TASKS, Row
@@ -231,8 +231,7 @@ class TransformersScorer(Scorer):
         elif system.update_Ld is not None:
             assert self.root is not None
             with stacked(self.model, self.root, G=1) as parameters:
-                for name, delta in self.root.layout.to_tensors(system.update_Ld).items():
-                    parameters[name].add_(delta.to(self.device))
+                add_updates(parameters, self.root.layout, system.update_Ld[None])
                 yield
         else:
             yield

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from gt_ray.errors import UserError
-from gt_ray.learning.losses import TargetLosses
+from gt_ray.learning.losses import TargetLosses, sums_by_adapter
 from gt_ray.learning.samples import Sample
-from gt_ray.learning.stacked import stacked
+from gt_ray.learning.stacked import add_updates, stacked
 from gt_ray.pairs.root import Root
 
 if TYPE_CHECKING:
@@ -67,16 +67,16 @@ class Behaviour:
         batch = self.losses.batch(groups)
         teacher = self._teacher(groups, update_S_GLd) if update_S_GLd is not None and self.weight else None
         with self.losses.short_cuts(), stacked(self.model, self.root, G) as parameters:
-            for name, delta in self.layout.to_tensors(update_GLd).items():
-                parameters[name].data.add_(delta.to(self.losses.device))
-                parameters[name].requires_grad_(gradient)
+            add_updates(parameters, self.layout, update_GLd)
+            for parameter in parameters.values():
+                parameter.requires_grad_(gradient)
             if teacher is None:
                 loss_n = self.losses(batch)
             else:
                 parts = self.losses.due_hidden(batch), batch.target_n, *teacher
                 loss_n = self.losses.in_pieces(self._taught_loss, *parts)
-            sum_G = torch.zeros(G, device=loss_n.device).index_add(0, batch.adapter_n, loss_n)
-            loss_G = sum_G / torch.bincount(batch.adapter_n, minlength=G)
+            sum_G, count_G = sums_by_adapter(loss_n, batch, G)
+            loss_G = sum_G / count_G
             if not gradient:
                 return loss_G.detach().cpu(), None
             loss_G.sum().backward()
@@ -94,8 +94,7 @@ class Behaviour:
         with self.proxy_losses.short_cuts(), stacked(model_S, root_S, G=1):
             hidden_S = self.proxy_losses.due_hidden(batch)
         with self.proxy_losses.short_cuts(), stacked(model_S, root_S, len(update_S_GLd)) as parameters:
-            for name, delta in root_S.layout.to_tensors(update_S_GLd).items():
-                parameters[name].data.add_(delta.to(self.proxy_losses.device))
+            add_updates(parameters, root_S.layout, update_S_GLd)
             tuned_S = self.proxy_losses.due_hidden(batch)
         return hidden_T, tuned_S, hidden_S
 

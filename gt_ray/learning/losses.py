@@ -107,9 +107,7 @@ class TargetLosses:
 
     def by_adapter(self, batch: Batch, G: int) -> tuple[Tensor, Tensor]:
         """Sum of the target losses [G] and number of target tokens [G] of each adapter."""
-        loss_n = self(batch)
-        sums_G = torch.zeros(G, device=loss_n.device).index_add(0, batch.adapter_n, loss_n)
-        return sums_G, torch.bincount(batch.adapter_n, minlength=G)
+        return sums_by_adapter(self(batch), batch, G)
 
     def _inputs(self, batch: Batch) -> dict[str, object]:
         if batch.packing is None:
@@ -177,6 +175,12 @@ class TargetLosses:
         if not agrees:
             logger.warning("%s: no %s (%s); slower", type(self.model).__name__, what, reason)
         return agrees
+
+
+def sums_by_adapter(loss_n: Tensor, batch: Batch, G: int) -> tuple[Tensor, Tensor]:
+    """Sum of the losses [G] and number of target tokens [G] of each adapter, from the losses of all tokens [n]."""
+    sums_G = torch.zeros(G, device=loss_n.device).index_add(0, batch.adapter_n, loss_n)
+    return sums_G, torch.bincount(batch.adapter_n, minlength=G)
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

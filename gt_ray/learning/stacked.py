@@ -7,7 +7,7 @@ losses, so every adapter's gradient is that of a run of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gt_ray.pairs.root import Root
+from gt_ray.updates.layout import Layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,6 +67,13 @@ def stacked(model: PreTrainedModel, root: Root, G: int) -> Iterator[dict[str, nn
     finally:
         for name, base in replaced.items():
             model.set_submodule(name, base)
+
+
+@torch.no_grad()
+def add_updates(parameters: Mapping[str, nn.Parameter], layout: Layout, update_GLd: Tensor) -> None:
+    """Let the stacked adapters be the root's plus these updates."""
+    for name, delta in layout.to_tensors(update_GLd).items():
+        parameters[name].add_(delta.to(parameters[name].device))
 
 
 def keep_adapters(optimizer: torch.optim.Optimizer, rows: Sequence[int]) -> None:

@@ -30,8 +30,9 @@ SCALED, LARGEST_SCALE = 0.3, 1.75
 
 @dataclass(frozen=True)
 class _Member:
-    """Weights of shadows in an update, and the shadows whose rows belong to it."""
+    """Weights of shadows of one task in an update, and the shadows whose rows belong to it."""
 
+    task: int
     weights: dict[int, float]
     rows_of: list[int]
 
@@ -77,11 +78,11 @@ class Inputs:
         """
         updates, draws = [], []
         for _ in range(G):
-            parts = [(1.0, self._member(rng))]
+            first = self._member(rng)
+            parts = [(1.0, first)]
             if rng.random() < mix:
                 share = rng.random()
-                task = self._task_of(parts[0][1])
-                parts = [(share, parts[0][1]), (1 - share, self._member(rng, task))]
+                parts = [(share, first), (1 - share, self._member(rng, first.task))]
             update_Ld = torch.zeros_like(self.S_KLd[0])
             for share, member in parts:
                 for k, weight in member.weights.items():
@@ -101,7 +102,7 @@ class Inputs:
         members = self.kinds[kind]
         if "+" not in kind[1] and len(members) >= 3:
             a, b, c = rng.sample(members, 3)
-            return _Member({a: 2 / 3, b: 2 / 3, c: -1 / 3}, [a, b])
+            return _Member(kind[0], {a: 2 / 3, b: 2 / 3, c: -1 / 3}, [a, b])
         a = rng.choice(members)
         weights = {a: 1.0}
         noisy = [other for other in self.pure if other[0] == kind[0] and len(self.kinds[other]) >= 2]
@@ -109,7 +110,4 @@ class Inputs:
             t = rng.uniform(0, MOST_NOISE)
             for k, sign in zip(rng.sample(self.kinds[rng.choice(noisy)], 2), (1, -1), strict=True):
                 weights[k] = weights.get(k, 0.0) + sign * t
-        return _Member(weights, [a])
-
-    def _task_of(self, member: _Member) -> int:
-        return next(task for (task, _), members in self.kinds.items() if member.rows_of[0] in members)
+        return _Member(kind[0], weights, [a])
