@@ -69,6 +69,9 @@ def generate(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the LLM adapter that is made from --update.")] = Path("adapter"),
     pooling: Annotated[Pooling, typer.Option(help="How several updates become one.")] = "mean",
+    task: Annotated[
+        str | None, typer.Option(help="Task of the clients of --update, for a preset whose adapters are refined.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Generate LLM adapters (section 4.3): from --update files, or else from the study's simulated clients."""
@@ -76,7 +79,7 @@ def generate(
 
     config = _config(preset, overrides, quiet)
     if update:
-        generate_files(config, update, out, pooling)
+        generate_files(config, update, out, pooling, task)
     else:
         generate_stage(prepare(config))
 

@@ -195,11 +195,24 @@ class TrainingSettings(Section):
     behaviour: BehaviourSettings = BehaviourSettings()
 
 
+class RefinementSettings(Section):
+    """Optimizer steps on a generated adapter, towards the mean of itself and proxy-tuning (learning/refinement.py)."""
+
+    steps: int = Field(0, ge=0, description="0: adapters stay as they were generated, as in the paper")
+    rows: int = Field(16, ge=1, description="public rows of the client's task of a step")
+    learning_rate: float = Field(2e-2, gt=0)
+    near: float = Field(0.5, ge=0, le=1, description="share of proxy-tuning for a client as near as is usual")
+    far: float = Field(0.8, ge=0, le=1, description="share of proxy-tuning for a client out of range")
+    adapters: int = Field(8, ge=1, description="adapters refined in one pass")
+    workers: int = Field(1, ge=1, description="actors with both models")
+
+
 class GradTransformerSettings(Section):
     """The network and its training."""
 
     recipe: Literal["own", "paper"] = Field(
-        "own", description="paper: no linear path, no mixtures, no behaviour loss, whatever the other keys say"
+        "own",
+        description="paper: no linear path, no mixtures, no behaviour loss, no refinement, whatever the other keys say",
     )
     phi: PhiSettings | None = Field(
         PhiSettings(pretrained="google/flan-t5-large"), description="none: no network, the linear path alone"
@@ -210,6 +223,7 @@ class GradTransformerSettings(Section):
     )
     scale_floor: float = Field(0.1, ge=0, description="floor of a scale, as a share of its module's RMS (decision 7)")
     training: TrainingSettings = TrainingSettings()
+    refinement: RefinementSettings = RefinementSettings()
 
     @model_validator(mode="before")
     @classmethod
@@ -221,7 +235,7 @@ class GradTransformerSettings(Section):
         behaviour = training.get("behaviour") or {}
         behaviour = behaviour if isinstance(behaviour, dict) else behaviour.model_dump()
         plain = {**training, "pool_max": 1, "behaviour": {**behaviour, "steps": 0}}
-        return {**tree, "linear_rank": 0, "training": plain}
+        return {**tree, "linear_rank": 0, "training": plain, "refinement": {}}
 
     @model_validator(mode="after")
     def _check(self) -> GradTransformerSettings:

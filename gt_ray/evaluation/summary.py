@@ -13,7 +13,8 @@ from gt_ray.evaluation.run import ClientScores
 from gt_ray.tasks import TASKS
 
 MAIN = ("P_S", "P_T", "base_S", "base_T", "ours")
-BASELINES = ("proxy_tuning",)
+BASELINES = ("proxy_tuning", "ours_unrefined")
+"""What is no control: methods without a Grad-Transformer, and ours without its refinement."""
 RESAMPLES = 2000
 
 ByClient = Mapping[str, ClientScores]

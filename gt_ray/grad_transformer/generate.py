@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.certainty import Estimate
@@ -36,8 +37,12 @@ def generate_adapter(
     updates: Sequence[Path],
     out: Path,
     pooling: Pooling = "mean",
+    refine: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Estimate | None:
     """Pool update files of N clients, generate the LLM update (Eq. 2) and write it as a PEFT folder.
+
+    Args:
+        refine: from the pooled S update and the generated T update to the T update that is written.
 
     Returns:
         What is known of its error; the model card says it too.
@@ -52,12 +57,22 @@ def generate_adapter(
     pooled_Ld = pool(torch.stack([update_Ld for update_Ld, _ in read]), pooling, model.standard_S.mean)
     generated_Ld = model.generate(pooled_Ld[None])[0]
     estimate = model.estimate(pooled_Ld)
-    write_adapter(out, generated_Ld, llm, card([info for _, info in read], tinylm, llm, pooling, estimate))
+    if refine:
+        generated_Ld = refine(pooled_Ld, generated_Ld)
+    infos = [info for _, info in read]
+    write_adapter(out, generated_Ld, llm, card(infos, tinylm, llm, pooling, estimate, refine is not None))
     return estimate
 
 
-def card(infos: Sequence[UpdateInfo], tinylm: Root, llm: Root, pooling: str, estimate: Estimate | None) -> str:
+def card(
+    infos: Sequence[UpdateInfo], tinylm: Root, llm: Root, pooling: str, estimate: Estimate | None, refined: bool
+) -> str:
     """Model card of a generated adapter."""
+    refinement = (
+        " It was then refined by a few optimizer steps on public prompts, towards the mean of itself and proxy-tuning."
+        if refined
+        else ""
+    )
     mechanisms = sorted({str(info.mechanism.get("name")) for info in infos})
     return f"""---
 library_name: peft
@@ -66,7 +81,7 @@ tags: [gt-ray, generated-adapter]
 # Generated adapter
 
 This adapter was **generated, not trained**: a Grad-Transformer made it from {len(infos)} client update(s) of a small
-model (pooling: {pooling}), without access to the clients' data.
+model (pooling: {pooling}), without access to the clients' data.{refinement}
 
 | | base model | root |
 |---|---|---|

@@ -56,16 +56,19 @@ class Behaviour:
         groups: Sequence[Sequence[Sample]],
         gradient: bool = True,
         update_S_GLd: Tensor | None = None,
+        start: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Mean loss a target token of each update [G], and its gradient with respect to the update [G, L, d].
 
         Args:
             groups: the samples of each update, equally many.
             update_S_GLd: updates of S that teach; without them the loss is the task's alone.
+            start: further updates [G, L, d] that teach, and the share [G] of proxy-tuning in what both say: the teacher
+                is the geometric mean of the two distributions.
         """
         G = len(update_GLd)
         batch = self.losses.batch(groups)
-        teacher = self._teacher(groups, update_S_GLd) if update_S_GLd is not None and self.weight else None
+        teacher = self._teacher(groups, update_S_GLd, start) if update_S_GLd is not None and self.weight else None
         with self.losses.short_cuts(), stacked(self.model, self.root, G) as parameters:
             add_updates(parameters, self.layout, update_GLd)
             for parameter in parameters.values():
@@ -84,8 +87,11 @@ class Behaviour:
         return loss_G.detach().cpu(), self.layout.to_array(gradients)
 
     @torch.no_grad()
-    def _teacher(self, groups: Sequence[Sequence[Sample]], update_S_GLd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the LM heads see [n, d] of T, of S with its updates, and of S."""
+    def _teacher(
+        self, groups: Sequence[Sequence[Sample]], update_S_GLd: Tensor, start: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, ...]:
+        """What the LM heads see [n, d] of T, of S with its updates, and of S; with `start` also of T with those
+        updates, and the share [n] of proxy-tuning."""
         assert self.proxy is not None
         model_S, root_S = self.proxy
         with self.losses.short_cuts(), stacked(self.model, self.root, G=1):
@@ -96,10 +102,24 @@ class Behaviour:
         with self.proxy_losses.short_cuts(), stacked(model_S, root_S, len(update_S_GLd)) as parameters:
             add_updates(parameters, root_S.layout, update_S_GLd)
             tuned_S = self.proxy_losses.due_hidden(batch)
-        return hidden_T, tuned_S, hidden_S
+        if start is None:
+            return hidden_T, tuned_S, hidden_S
+        update_GLd, share_G = start
+        batch = self.losses.batch(groups)
+        with self.losses.short_cuts(), stacked(self.model, self.root, len(update_GLd)) as parameters:
+            add_updates(parameters, self.layout, update_GLd)
+            start_T = self.losses.due_hidden(batch)
+        return hidden_T, tuned_S, hidden_S, start_T, share_G.to(batch.adapter_n.device)[batch.adapter_n]
 
     def _taught_loss(
-        self, hidden: Tensor, target: Tensor, hidden_T: Tensor, tuned_S: Tensor, hidden_S: Tensor
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        hidden_T: Tensor,
+        tuned_S: Tensor,
+        hidden_S: Tensor,
+        start_T: Tensor | None = None,
+        share: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy with the targets, and Kullback-Leibler divergence from the teacher, of each token."""
         assert self.proxy is not None
@@ -108,7 +128,10 @@ class Behaviour:
         shift = head_S(tuned_S).float() - head_S(hidden_S).float()
         V = min(logits.shape[-1], shift.shape[-1])  # models pad their vocabularies to other sizes
         log_p = logits.log_softmax(-1)
-        log_teacher = (head_T(hidden_T).float()[:, :V] + shift[:, :V]).log_softmax(-1)
+        said = head_T(hidden_T).float()[:, :V] + shift[:, :V]
+        if start_T is not None and share is not None:
+            said = share[:, None] * said + (1 - share[:, None]) * head_T(start_T).float()[:, :V]
+        log_teacher = said.log_softmax(-1)
         divergence = (log_teacher.exp() * (log_teacher - log_p[:, :V])).sum(-1)
         task = torch.nn.functional.nll_loss(log_p, target, reduction="none")
         loss: Tensor = (1 - self.weight) * task + self.weight * divergence

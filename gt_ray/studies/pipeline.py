@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gt_ray.baselines.controls import CONTROLS, Shadows, ShadowSet
 from gt_ray.baselines.proxy_tuning import share_vocabulary
@@ -23,8 +24,10 @@ from gt_ray.evaluation.scorer import System
 from gt_ray.evaluation.summary import by_population, report_rows, summarise
 from gt_ray.grad_transformer.generate import generate_adapter
 from gt_ray.grad_transformer.network import GradTransformer
+from gt_ray.learning.refinement import proxy_share
 from gt_ray.progress import say
 from gt_ray.tasks.data import Client
+from gt_ray.training.refinement import Generated, refine_all
 from gt_ray.training.run import LINEAR, load_trained, models, train
 from gt_ray.updates.files import UpdateInfo, read_adapter, read_update, write_atomically, write_update
 from gt_ray.updates.pooling import Pooling
@@ -70,6 +73,7 @@ def generate_stage(study: Study) -> None:
             info = UpdateInfo(fine_tune, meta.samples, mechanism)
             write_update(update_file(run, client), snapshots_JLd[-1], study.roots["tinylm"], info)
     with _timed(study, "generate"):
+        refined = finished_updates(study, model) if study.config.grad_transformer.refinement.steps else {}
         for client in study.data.clients:
             generate_adapter(
                 model,
@@ -77,14 +81,40 @@ def generate_stage(study: Study) -> None:
                 study.roots["llm"],
                 [update_file(run, client)],
                 run / "adapters" / client.name,
+                refine=_known(refined[client.name]) if refined else None,
             )
 
 
-def generate_files(config: Config, updates: Sequence[Path], out: Path, pooling: Pooling) -> None:
-    """Section 4.3 for clients that are not simulated: pool their update files, write one LLM adapter."""
+def _known(refined_Ld: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda _update_S_Ld, _update_Ld: refined_Ld
+
+
+def generate_files(
+    config: Config, updates: Sequence[Path], out: Path, pooling: Pooling, task: str | None = None
+) -> None:
+    """Section 4.3 for clients that are not simulated: pool their update files, write one LLM adapter.
+
+    Args:
+        task: of the clients; refinement needs public rows of it.
+
+    Raises:
+        UserError: the config asks for refinement, but not for one of its tasks.
+    """
     model = GradTransformer.load(config.run_folder / "grad_transformer")
+    refine = None
+    if config.grad_transformer.refinement.steps:
+        if task not in config.data.tasks:
+            raise UserError(
+                f"which task do the clients have? --task is one of {', '.join(config.data.tasks)}; refinement needs "
+                "public rows of it (grad_transformer.refinement.steps=0: none)"
+            )
+        study = Study.load(config)
+
+        def refine(update_S_Ld: Tensor, update_Ld: Tensor) -> Tensor:
+            return refine_all(study, [_generated(study, model, task, update_S_Ld, update_Ld)])[0]
+
     roots = load_roots(config)
-    estimate = generate_adapter(model, roots["tinylm"], roots["llm"], updates, out, pooling)
+    estimate = generate_adapter(model, roots["tinylm"], roots["llm"], updates, out, pooling, refine)
     say(f"generate: {len(updates)} update(s) to {out}")
     if estimate:
         say(estimate.text)
@@ -120,6 +150,22 @@ def evaluate_stage(study: Study) -> dict[str, Any]:
     return report
 
 
+def finished_updates(study: Study, model: GradTransformer) -> dict[str, Tensor]:
+    """By client, the update that a model makes of its: generated, and refined where the study says so."""
+    found = {}
+    for client, job in zip(study.data.clients, study.client_jobs("tinylm"), strict=True):
+        update_S_Ld = study.store.read(job.key)[0][-1]
+        found[client.name] = _generated(study, model, client.task, update_S_Ld, model.generate(update_S_Ld[None])[0])
+    if not study.config.grad_transformer.refinement.steps:
+        return {name: one.update_Ld for name, one in found.items()}
+    return dict(zip(found, refine_all(study, list(found.values())), strict=True))
+
+
+def _generated(study: Study, model: GradTransformer, task: str, update_S_Ld: Tensor, update_Ld: Tensor) -> Generated:
+    share = proxy_share(model.estimate(update_S_Ld), study.config.grad_transformer.refinement)
+    return Generated(task, update_Ld, update_S_Ld, share)
+
+
 def certainty(study: Study, model: GradTransformer) -> dict[str, dict[str, Any]]:
     """What is known of the error of each client's adapter before it is scored."""
     found = {}
@@ -140,10 +186,9 @@ def _check_adapters(study: Study, model: GradTransformer) -> None:
         UserError: an earlier stage has not run, or has run with other settings.
     """
     run = study.config.run_folder
-    for client, job in zip(study.data.clients, study.client_jobs("tinylm"), strict=True):
-        folder = run / "adapters" / client.name
+    for name, expected_Ld in finished_updates(study, model).items():
+        folder = run / "adapters" / name
         adapter_Ld = read_adapter(folder, study.roots["llm"])
-        expected_Ld = model.generate(study.store.read(job.key)[0][-1:])[0]
         if not torch.allclose(adapter_Ld, expected_Ld, rtol=1e-3, atol=1e-4):
             raise UserError(f"{folder} was generated by a run with other settings; run generate again")
 
@@ -169,7 +214,8 @@ def systems(study: Study, model: GradTransformer) -> list[tuple[System, Client]]
     shadows = load_shadows(study, model) if study.config.evaluation.controls else None
     public = {job.task: store.read(job.key)[0][-1] for job in study.public_jobs()} if shadows else {}
     pair = study.config.pair
-    linear = load_trained(study, LINEAR) if LINEAR in models(study) else None
+    linear = finished_updates(study, load_trained(study, LINEAR)) if LINEAR in models(study) else None
+    refined = study.config.grad_transformer.refinement.steps > 0
     proxy = "proxy_tuning" in study.config.evaluation.baselines
     if proxy and not share_vocabulary(pair.tinylm.model, pair.llm.model):
         say("evaluate: no proxy_tuning, for the models' vocabularies differ")
@@ -184,6 +230,8 @@ def systems(study: Study, model: GradTransformer) -> list[tuple[System, Client]]
             System("base_T", "llm"),
             System("ours", "llm", read_adapter(run / "adapters" / client.name, llm)),
         ]
+        if refined:
+            found.append(System("ours_unrefined", "llm", model.generate(update_S[None])[0]))
         if proxy:
             found.append(System("proxy_tuning", proxy_Ld=update_S))
         if shadows:
@@ -191,7 +239,7 @@ def systems(study: Study, model: GradTransformer) -> list[tuple[System, Client]]
             found.append(System("public_sft", "llm", public[client.task]))
             found += [System(name, "llm", control(shadows, z_S_P, client.task)) for name, control in CONTROLS.items()]
             if linear:
-                found.append(System(LINEAR, "llm", linear.generate(update_S[None])[0]))
+                found.append(System(LINEAR, "llm", linear[client.name]))
         work += [(system, client) for system in found]
     return work
 

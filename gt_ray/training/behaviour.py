@@ -6,7 +6,7 @@ They take generated adapters and say which rows they are tried on; they return l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,28 @@ from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.learning.memory import is_out_of_memory, release
 
+if TYPE_CHECKING:
+    from gt_ray.learning.behaviour import Behaviour
+
 Draw = list[tuple[int, int]]
 """The rows that one adapter is tried on: number of the shadow, number of the row, counted round among the shadow's."""
+
+
+def load_behaviour(study: Study, weight: float) -> Behaviour:
+    """The LLM of a study in an actor, on its GPU where it has one; with the TinyLM where proxy-tuning has a weight."""
+    import ray
+
+    from gt_ray.learning.behaviour import Behaviour
+    from gt_ray.learning.engine import checkpoint_layers
+    from gt_ray.pairs.models import load_model
+
+    torch.set_num_threads(1)
+    pair, roots, device = study.config.pair, study.roots, "cuda" if ray.get_gpu_ids() else "cpu"
+    proxy = (load_model(pair.tinylm, device), roots["tinylm"]) if weight else None
+    model = load_model(pair.llm, device)
+    if pair.llm.gradient_checkpointing:
+        checkpoint_layers(model)
+    return Behaviour(model, roots["llm"], proxy, weight)
 
 
 class LlmActor:
@@ -28,21 +48,13 @@ class LlmActor:
     def __init__(self, shared: dict[str, Any]) -> None:
         import ray
 
-        from gt_ray.learning.behaviour import Behaviour
-        from gt_ray.learning.engine import checkpoint_layers
-        from gt_ray.pairs.models import load_model, load_tokenizer
+        from gt_ray.pairs.models import load_tokenizer
 
-        torch.set_num_threads(1)
         self.study: Study = ray.get(shared["study"])
-        config, roots, device = self.study.config, self.study.roots, "cuda" if ray.get_gpu_ids() else "cpu"
-        self.tokenizer = load_tokenizer(config.pair.llm.model)
-        weight = config.grad_transformer.training.behaviour.teacher
-        proxy = (load_model(config.pair.tinylm, device), roots["tinylm"]) if weight else None
-        model = load_model(config.pair.llm, device)
-        if config.pair.llm.gradient_checkpointing:
-            checkpoint_layers(model)
-        self.behaviour = Behaviour(model, roots["llm"], proxy, weight)
-        self.at_once = config.grad_transformer.training.behaviour.adapters
+        training = self.study.config.grad_transformer.training
+        self.tokenizer = load_tokenizer(self.study.config.pair.llm.model)
+        self.behaviour = load_behaviour(self.study, training.behaviour.teacher)
+        self.at_once = training.behaviour.adapters
         self.samples: dict[int, list[Any]] = {}
 
     def losses(self, update_GLd: Any, draws: list[Draw], update_S_GLd: Any) -> tuple[Any, Any]:

@@ -177,12 +177,16 @@ def _check(study: Study, training: TrainingSettings) -> None:
         if size % training.workers:
             raise UserError(f"training.{key}={size} does not divide among {training.workers} workers")
     pair = study.config.pair
-    taught = training.behaviour.steps and training.behaviour.teacher
-    if taught and not share_vocabulary(pair.tinylm.model, pair.llm.model):
-        raise UserError(
-            f"behaviour.teacher={training.behaviour.teacher} adds the logits of {pair.tinylm.model} and "
-            f"{pair.llm.model}, but their vocabularies differ; set it to 0"
-        )
+    taught = {
+        "training.behaviour.teacher": training.behaviour.teacher if training.behaviour.steps else 0,
+        "refinement.steps": study.config.grad_transformer.refinement.steps,
+    }
+    for key, value in taught.items():
+        if value and not share_vocabulary(pair.tinylm.model, pair.llm.model):
+            raise UserError(
+                f"{key}={value} adds the logits of {pair.tinylm.model} and {pair.llm.model}, but their vocabularies "
+                "differ; set it to 0"
+            )
 
 
 @contextmanager
@@ -215,7 +219,8 @@ def training_key(study: Study, settings: GradTransformerSettings) -> str:
     """Hash of all that a training depends on."""
     units = [row for validation in (False, True) for row in shadow_keys(study, validation)]
     units += input_keys(study)
-    return unit_key({"settings": settings.model_dump(mode="json"), "units": units, "seed": study.config.seed})
+    trained = settings.model_dump(mode="json", exclude={"refinement"})
+    return unit_key({"settings": trained, "units": units, "seed": study.config.seed})
 
 
 def load_trained(study: Study, name: str = MODEL) -> GradTransformer:
