@@ -23,11 +23,20 @@ class Section(BaseModel):
 
 
 class LoraSettings(Section):
-    """The adapter that every fine-tune of a model trains (appendix C.1: query and key, rank 2)."""
+    """What every fine-tune of a model trains (appendix C.1: LoRA of rank 2 on query and key)."""
 
-    rank: int = Field(2, ge=1)
-    alpha: float = Field(4.0, gt=0)
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj")
+    kind: Literal["lora", "xs", "full"] = Field(
+        "lora",
+        description="lora: A and B; xs: an r x r matrix between A and B of the base weights' SVD (LoRA-XS); full: the "
+        "weights themselves, of small models",
+    )
+    rank: int = Field(2, ge=1, description="not of kind=full")
+    alpha: float = Field(4.0, gt=0, description="not of kind=full")
+    target_modules: tuple[str, ...] = Field(
+        ("q_proj", "k_proj"),
+        min_length=1,
+        description="last parts of the names of Linear modules, or of the token embedding",
+    )
 
 
 class StopSettings(Section):

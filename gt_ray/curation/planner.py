@@ -17,7 +17,9 @@ from rich.filesize import decimal
 from gt_ray.config import Config, ModelSettings
 from gt_ray.errors import UserError
 from gt_ray.pairs.models import EMBEDDED_PREFIX, resolve
+from gt_ray.pairs.root import initial_tensors
 from gt_ray.progress import say
+from gt_ray.updates.layout import Layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -91,13 +93,8 @@ def needs(settings: ModelSettings, config: PretrainedConfig | None = None) -> Mo
     kept = item * tokens * text.hidden_size  # a layer's input, where the rest is computed again
     layers = text.num_hidden_layers
     activations = layers * kept + layer if settings.gradient_checkpointing else layers * layer
-    widths: dict[str, int] = {}
-    for name, module in model.named_modules():
-        head, _, leaf = name.rpartition(".")
-        if leaf in settings.lora.target_modules and isinstance(module, torch.nn.Linear):
-            block = ".".join(head.split(".")[:3])
-            widths[block] = widths.get(block, 0) + settings.lora.rank * (module.in_features + module.out_features)
-    return ModelNeeds(parameters, parameters * item, activations, (len(widths), max(widths.values(), default=0)))
+    layout = Layout.of({name: tuple(one.shape) for name, one in initial_tensors(model, settings.lora).items()})
+    return ModelNeeds(parameters, parameters * item, activations, (layout.L, layout.d))
 
 
 def _config_of(model: str) -> PretrainedConfig:

@@ -89,11 +89,21 @@ def score(study: Study, work: Sequence[tuple[System, Client]]) -> list[ClientSco
 
 
 def _kinds(study: Study, engine: Literal["vllm", "transformers"]) -> list[EngineKind]:
-    """One model after the other, the large one first, and the LLM with the TinyLM as its proxy."""
+    """One model after the other, the large one first, and the LLM with the TinyLM as its proxy.
+
+    Adapters of embeddings and full weights are scored by transformers: vLLM serves neither.
+    """
     settings, roots = study.config.evaluation, study.roots
     models = {side: model_settings(study.config, side) for side in SIDES}
     kinds = [
-        EngineKind(models[side], roots[side], settings, engine, roots[side].lora.rank, roots[side].lora.target_modules)
+        EngineKind(
+            models[side],
+            roots[side],
+            settings,
+            engine if roots[side].is_plain_lora else "transformers",
+            roots[side].lora.rank,
+            roots[side].lora.target_modules,
+        )
         for side in reversed(SIDES)
     ]
     proxy = models["tinylm"], roots["tinylm"]

@@ -1,5 +1,11 @@
 """The root: a base model plus the exact initial adapter (A0, B0) that every fine-tune starts from.
 
+Three kinds of adapters (`lora.kind`) on Linear modules, and but for LoRA-XS on the token embedding:
+
+    lora    y = W x + scaling * B A x      trains A and B, of an embedding lora_embedding_A and lora_embedding_B
+    xs      y = W x + scaling * B R A x    trains R; B = U_r S_r and A = V_r^T of W = U S V^T (arXiv 2405.17604)
+    full    y = (W + weight) x             trains weight, which is zero at the root
+
 Its hash (decision 3) is SHA-256 over the base model's tensors, the initial adapter, the LoRA settings, the tokenizer
 and the chat template in canonical form; never over paths, versions or sharding.
 """
@@ -11,9 +17,9 @@ import hashlib
 import json
 import math
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +30,9 @@ from gt_ray.config import LoraSettings, ModelSettings
 from gt_ray.errors import UserError
 from gt_ray.pairs.models import load_tokenizer, resolve, weight_files
 from gt_ray.updates.layout import Layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMAT = "gt-ray-root/1"
 
@@ -36,13 +45,16 @@ class Root:
         hash: identifies base model and initial adapter.
         base_model: as configured: Hub id, folder or `embedded:...`.
         lora: rank, alpha and target modules.
-        initial: A0 and B0 by parameter name (`<module>.lora_A` [r, in], `<module>.lora_B` [out, r]), float32.
+        initial: trained parameters by name, float32: A0 and B0 (`<module>.lora_A` [r, in], `<module>.lora_B`
+            [out, r]), R0, or zeros of a weight's shape.
+        fixed: A and B of LoRA-XS, which are not trained.
     """
 
     hash: str
     base_model: str
     lora: LoraSettings
     initial: dict[str, Tensor]
+    fixed: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
@@ -55,20 +67,27 @@ class Root:
         return self.lora.alpha / self.lora.rank
 
     @property
+    def is_plain_lora(self) -> bool:
+        """Whether its adapters are LoRA of Linear modules, which every engine serves."""
+        return all(name.endswith((".lora_A", ".lora_B", ".lora_R")) for name in self.initial)
+
+    @property
     def modules(self) -> list[str]:
         """Names of the adapted modules."""
         return sorted({name.rpartition(".")[0] for name in self.initial})
 
     def save(self, path: Path) -> None:
-        """Write A0, B0 and their settings as one safetensors file."""
+        """Write the initial adapter and its settings as one safetensors file."""
         metadata = {
             "format": FORMAT,
             "root": self.hash,
             "base_model": self.base_model,
             "lora": self.lora.model_dump_json(),
-            "sha256": _checksum(self.initial),
+            "sha256": _checksum(self.initial | self.fixed),
         }
-        save_file({f"initial.{name}": tensor for name, tensor in self.initial.items()}, path, metadata=metadata)
+        parts = {"initial": self.initial, "fixed": self.fixed}
+        tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+        save_file(tensors, path, metadata=metadata)
 
     @classmethod
     def load(cls, path: Path) -> Root:
@@ -82,11 +101,14 @@ class Root:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise UserError(f"{path} is not a root file ({FORMAT})")
-                initial = {name.removeprefix("initial."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if metadata["sha256"] != _checksum(initial):
+                parts: dict[str, dict[str, Tensor]] = {"initial": {}, "fixed": {}}
+                for key in file.keys():  # noqa: SIM118
+                    part, _, name = key.partition(".")
+                    parts[part][name] = file.get_tensor(key)
+            if metadata["sha256"] != _checksum(parts["initial"] | parts["fixed"]):
                 raise ValueError("checksum differs")
             lora = LoraSettings.model_validate_json(metadata["lora"])
-            return cls(metadata["root"], metadata["base_model"], lora, initial)
+            return cls(metadata["root"], metadata["base_model"], lora, **parts)
         except UserError:
             raise
         except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -108,7 +130,8 @@ def make_root(settings: ModelSettings, cache: Path | None = None) -> Root:
         with contextlib.suppress(UserError):  # a damaged one is made again
             return replace(Root.load(cached), base_model=settings.model)
     initial = initial_adapter(folder, settings.lora, settings.root_seed)
-    root = Root(hash_root(folder, settings.lora, initial), settings.model, settings.lora, initial)
+    fixed = _singular_factors(folder, settings.lora, initial) if settings.lora.kind == "xs" else {}
+    root = Root(hash_root(folder, settings.lora, initial), settings.model, settings.lora, initial, fixed)
     if cached:
         partial = cached.with_name(f".{cached.name}.{uuid.uuid4().hex[:8]}")
         try:
@@ -123,9 +146,12 @@ def make_root(settings: ModelSettings, cache: Path | None = None) -> Root:
 
 
 def initial_adapter(folder: Path, lora: LoraSettings, seed: int) -> dict[str, Tensor]:
-    """A0 and B0 as PEFT initialises them (Kaiming-uniform A with a = sqrt(5), zero B), from a seed of its own.
+    """What every fine-tune of the model in `folder` starts from, drawn from a seed of its own.
 
     The base model is built without weights, so this is cheap at any size.
+
+    Raises:
+        UserError: no causal language model, or one without such modules.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -134,19 +160,61 @@ def initial_adapter(folder: Path, lora: LoraSettings, seed: int) -> dict[str, Te
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"model folder {folder}: config.json is of no causal language model: {error}") from error
-    generator = torch.Generator().manual_seed(seed)
-    initial = {}
-    for name, module in sorted(model.named_modules()):
-        if name.rpartition(".")[2] in lora.target_modules and isinstance(module, torch.nn.Linear):
-            bound = math.sqrt(6 / ((1 + 5) * module.in_features))
-            initial[f"{name}.lora_A"] = torch.empty(lora.rank, module.in_features).uniform_(
-                -bound, bound, generator=generator
-            )
-            initial[f"{name}.lora_B"] = torch.zeros(module.out_features, lora.rank)
+    initial = initial_tensors(model, lora, torch.Generator().manual_seed(seed))
     found = {name.split(".")[-2] for name in initial}
     if missing := set(lora.target_modules) - found:
-        raise UserError(f"{folder}: no Linear module is named {sorted(missing)} (lora.target_modules)")
+        raise UserError(
+            f"{folder}: no module that lora.kind={lora.kind} adapts is named {sorted(missing)} (lora.target_modules)"
+        )
     return initial
+
+
+def initial_tensors(
+    model: PreTrainedModel, lora: LoraSettings, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """A0 and B0 as PEFT initialises them (Kaiming-uniform A with a = sqrt(5), zero B; of an embedding zero A and normal
+    B); what LoRA-XS and full weights train starts at zero.
+
+    Args:
+        model: may be without weights, on the meta device.
+        generator: without one there are no values, only shapes.
+    """
+    device = "cpu" if generator else "meta"
+    initial: dict[str, Tensor] = {}
+    head = model.get_output_embeddings()  # runs on some tokens alone, and often shares the embedding's weights
+    for name, module in sorted(model.named_modules()):
+        if name.rpartition(".")[2] not in lora.target_modules or not hasattr(module, "weight") or module is head:
+            continue
+        out, inner = module.weight.shape
+        if isinstance(module, torch.nn.Linear) and lora.kind == "xs":
+            initial[f"{name}.lora_R"] = torch.zeros(lora.rank, lora.rank, device=device)
+        elif isinstance(module, torch.nn.Linear) and lora.kind == "full":
+            initial[f"{name}.weight"] = torch.zeros(out, inner, device=device)
+        elif isinstance(module, torch.nn.Linear):
+            bound = math.sqrt(6 / ((1 + 5) * inner))
+            A = torch.empty(lora.rank, inner, device=device)
+            initial[f"{name}.lora_A"] = A.uniform_(-bound, bound, generator=generator)
+            initial[f"{name}.lora_B"] = torch.zeros(out, lora.rank, device=device)
+        elif type(module) is torch.nn.Embedding and lora.kind == "lora":
+            initial[f"{name}.lora_embedding_A"] = torch.zeros(lora.rank, out, device=device)
+            initial[f"{name}.lora_embedding_B"] = torch.randn(inner, lora.rank, generator=generator, device=device)
+    return initial
+
+
+def _singular_factors(folder: Path, lora: LoraSettings, initial: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A = V_r^T and B = U_r S_r of the base weights; the largest entry of a row of A is positive."""
+    fixed = {}
+    wanted = {f"{name.rpartition('.')[0]}.weight" for name in initial}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(wanted & set(file.keys())):
+                U, S, Vt = torch.linalg.svd(file.get_tensor(name).float(), full_matrices=False)
+                A, B = Vt[: lora.rank], U[:, : lora.rank] * S[: lora.rank]
+                sign = A.gather(1, A.abs().argmax(1, keepdim=True)).sign()
+                module = name.removesuffix(".weight")
+                fixed[f"{module}.lora_A"] = (A * sign).contiguous()
+                fixed[f"{module}.lora_B"] = (B * sign.T).contiguous()
+    return fixed
 
 
 def hash_root(folder: Path, lora: LoraSettings, initial: dict[str, Tensor]) -> str:
@@ -166,6 +234,7 @@ def hash_root(folder: Path, lora: LoraSettings, initial: dict[str, Tensor]) -> s
                 "tokenizer": backend,
                 "special_tokens": tokenizer.special_tokens_map,
                 "chat_template": tokenizer.chat_template,
+                **({} if lora.kind == "lora" else {"kind": lora.kind}),
             }
         )
     )

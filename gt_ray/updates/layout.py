@@ -1,9 +1,8 @@
 """The layout: which parameter, of which shape, stands where in a block of an update.
 
-An update is a set of named tensors, one for each trained parameter: `<module>.lora_A` [r, in], `<module>.lora_B`
-[out, r],
-or `<module>.weight` for full weights. The layout cuts them into the blocks of Eq. 4-5, one for each layer (parameters
-outside the numbered layers form blocks of their own), concatenates what belongs to a block into a row, and back.
+An update is a set of named tensors, one for each trained parameter (pairs/root.py). The layout cuts them into the
+blocks of Eq. 4-5, one for the attention and one for the MLP of each layer (parameters outside the numbered layers form
+blocks of their own), concatenates what belongs to a block into a row, and back.
 
 Blocks of equal composition form a group; each group has its own embedding and output layers in the Grad-Transformer
 (section 4.2). The array has the width of the widest group, narrower rows are padded with zeros.
@@ -38,7 +37,7 @@ class Param:
 
 @dataclass(frozen=True)
 class Block:
-    """The parameters of one layer, in the order in which they stand in the row."""
+    """The parameters of one layer's attention or MLP, in the order in which they stand in the row."""
 
     name: str
     params: tuple[Param, ...]
@@ -170,8 +169,8 @@ class Layout:
 
 
 def _block_name(parameter: str) -> str:
-    """Up to and with the layer number; for parameters outside numbered layers, their module."""
-    match = re.match(r"(.*?\.\d+)\.", f"x.{parameter}")
+    """Up to the layer's part, its attention or MLP; for parameters outside numbered layers, their module."""
+    match = re.match(r"(.*?\.\d+(?:\.\w+(?=\.\w+\.))?)\.", f"x.{parameter}")
     return match[1][2:] if match else parameter.rpartition(".")[0]
 
 

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
-from gt_ray.config import ModelSettings
-from gt_ray.learning.stacked import stacked
-from gt_ray.pairs.models import load_model
-from gt_ray.pairs.root import make_root
+from gt_ray.config import LoraSettings, ModelSettings
+from gt_ray.errors import UserError
+from gt_ray.learning.engine import Engine, TrainingSet
+from gt_ray.learning.samples import encode
+from gt_ray.learning.stacked import add_updates, stacked
+from gt_ray.pairs.models import load_model, load_tokenizer
+from gt_ray.pairs.root import Root, make_root
+from gt_ray.tasks import TASKS
+from gt_ray.tasks.embedded import rows
+from gt_ray.updates.files import UpdateInfo, read_adapter, read_update, write_adapter, write_update
+
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+GROUPS = {
+    "values and outputs": LoraSettings(target_modules=("v_proj", "o_proj")),
+    "mlp": LoraSettings(target_modules=MLP),
+    "embedding": LoraSettings(target_modules=("embed_tokens",)),
+    "all": LoraSettings(target_modules=(*ATTENTION, *MLP, "embed_tokens")),
+    "xs": LoraSettings(kind="xs", rank=4, target_modules=(*ATTENTION, *MLP)),
+    "full": LoraSettings(kind="full", target_modules=("q_proj", "k_proj", "down_proj")),
+}
+"""Parameter groups of section 4.2."""
 
 
 def test_each_adapter_sees_its_own_samples_only(tiny_pair: tuple[Path, Path]) -> None:
@@ -38,6 +58,70 @@ def test_leaving_restores_the_base_model(tiny_pair: tuple[Path, Path]) -> None:
             parameter.fill_(1.0)
     assert torch.equal(model(ids).logits, before)
     assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize("lora", GROUPS.values(), ids=GROUPS)
+def test_every_group_is_what_its_folder_is_for_others_and_survives_files(lora: LoraSettings, tmp_path: Path) -> None:
+    settings = ModelSettings(model="embedded:tinylm", dtype="float32", lora=lora)
+    root, model = make_root(settings), load_model(settings)
+    update_GLd = root.layout.to_array(
+        {
+            name: 0.1 * torch.randn(2, *one.shape, generator=torch.Generator().manual_seed(i))
+            for i, (name, one) in enumerate(sorted(root.initial.items()))
+        }
+    )
+    ids = torch.randint(10, 200, (4, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), stacked(model, root, G=2) as parameters:
+        add_updates(parameters, root.layout, update_GLd)
+        together = model(ids).logits
+    assert not torch.allclose(together, model(ids).logits, atol=1e-2)
+    for g in range(2):
+        folder = tmp_path / str(g)
+        write_adapter(folder, update_GLd[g], root)
+        assert torch.allclose(read_adapter(folder, root), update_GLd[g], atol=1e-4)
+        if lora.kind == "full":
+            worn = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        else:
+            worn = PeftModel.from_pretrained(load_model(settings), str(folder))
+        with torch.no_grad():
+            assert torch.allclose(together[2 * g : 2 * g + 2], worn(ids[2 * g : 2 * g + 2]).logits, atol=1e-3)
+        write_update(tmp_path / "update.safetensors", update_GLd[g], root, UpdateInfo({}, 1))
+        assert torch.equal(read_update(tmp_path / "update.safetensors", root)[0], update_GLd[g])
+    root.save(tmp_path / "root.safetensors")
+    loaded = Root.load(tmp_path / "root.safetensors")
+    assert loaded.hash == root.hash and loaded.layout == root.layout and loaded.fixed.keys() == root.fixed.keys()
+
+
+@pytest.mark.parametrize("lora", GROUPS.values(), ids=GROUPS)
+def test_every_group_can_be_fine_tuned(lora: LoraSettings) -> None:
+    settings = ModelSettings(model="embedded:tinylm", dtype="float32", lora=lora)
+    fine_tune = settings.fine_tune.model_copy(update={"steps": 12, "batch_size": 8, "learning_rate": 1e-2})
+    samples = encode(
+        load_tokenizer(settings.model), TASKS["gsm8k"], rows("gsm8k", "public-train", "north-day", 0, 32), 512
+    )
+    engine = Engine(load_model(settings), make_root(settings), adapters_at_once=2)
+    for _, result in engine.fine_tune([TrainingSet(samples, seed) for seed in range(2)], fine_tune):
+        assert not isinstance(result, UserError)
+        assert result.losses[-1] < 0.9 * result.losses[0]
+        blocks = result.snapshots_JLd[-1].abs().sum(1)
+        assert bool((blocks > 0).all())
+
+
+def test_attention_mlp_and_embedding_are_blocks_of_groups_of_their_own() -> None:
+    layout = make_root(ModelSettings(model="embedded:tinylm", dtype="float32", lora=GROUPS["all"])).layout
+    assert layout.blocks[0].name == "model.embed_tokens"
+    assert [block.name.rpartition(".")[2] for block in layout.blocks[1:3]] == ["mlp", "self_attn"]
+    assert len(layout.group_widths) == 3 and layout.groups[1:3] == layout.groups[3:5]
+
+
+def test_what_no_kind_adapts_is_refused() -> None:
+    for lora in (
+        {"kind": "full", "target_modules": ["embed_tokens"]},
+        {"kind": "xs", "target_modules": ["embed_tokens"]},
+        {"target_modules": ["lm_head"]},
+    ):
+        with pytest.raises(UserError, match="no module that lora"):
+            make_root(ModelSettings.model_validate({"model": "embedded:tinylm", "lora": lora}))
 
 
 def _plain_lora(

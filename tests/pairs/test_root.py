@@ -194,7 +194,9 @@ def test_the_initial_adapter_has_the_names_and_the_distribution_of_pefts(folder:
 
 
 def test_an_unknown_target_module_is_named(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"no Linear module is named \['query'\] \(lora\.target_modules\)"):
+    with pytest.raises(
+        UserError, match=r"no module that lora.kind=lora adapts is named \['query'\] \(lora\.target_modules\)"
+    ):
         make_root(settings(folder, lora={"target_modules": ["q_proj", "query"]}))
 
 

@@ -88,7 +88,7 @@ def test_slices_groups_and_widths_describe_the_blocks(shapes: Shapes) -> None:
 
 def test_blocks_are_in_layer_order_with_10_after_2() -> None:
     layout = Layout.of(Q_AND_K)
-    assert [block.name for block in layout.blocks] == [f"model.layers.{layer}" for layer in range(12)]
+    assert [block.name for block in layout.blocks] == [f"model.layers.{layer}.self_attn" for layer in range(12)]
     assert layout.groups == (0,) * 12 and layout.group_widths == (56,) and (layout.L, layout.d) == (12, 56)
     layers = {name: torch.full(shape, int(name.split(".")[2]) + 1.0) for name, shape in Q_AND_K.items()}
     assert torch.equal(layout.to_array(layers), torch.arange(1.0, 13.0)[:, None].expand(12, 56))
