@@ -210,8 +210,8 @@ class RefinementSettings(Section):
     steps: int = Field(0, ge=0, description="0: adapters stay as they were generated, as in the paper")
     rows: int = Field(16, ge=1, description="public rows of the client's task of a step")
     learning_rate: float = Field(2e-2, gt=0)
-    near: float = Field(0.5, ge=0, le=1, description="share of proxy-tuning for a client as near as is usual")
-    far: float = Field(0.8, ge=0, le=1, description="share of proxy-tuning for a client out of range")
+    near: float = Field(0.2, ge=0, le=1, description="share of proxy-tuning for a client as near as is usual")
+    far: float = Field(0.9, ge=0, le=1, description="share of proxy-tuning for a client out of range")
     adapters: int = Field(8, ge=1, description="adapters refined in one pass")
     workers: int = Field(1, ge=1, description="actors with both models")
 

@@ -214,8 +214,9 @@ def systems(study: Study, model: GradTransformer) -> list[tuple[System, Client]]
     shadows = load_shadows(study, model) if study.config.evaluation.controls else None
     public = {job.task: store.read(job.key)[0][-1] for job in study.public_jobs()} if shadows else {}
     pair = study.config.pair
-    linear = finished_updates(study, load_trained(study, LINEAR)) if LINEAR in models(study) else None
-    refined = study.config.grad_transformer.refinement.steps > 0
+    refines = study.config.grad_transformer.refinement.steps > 0
+    linear = load_trained(study, LINEAR) if LINEAR in models(study) else None
+    linear_refined = finished_updates(study, linear) if linear and refines else {}
     proxy = "proxy_tuning" in study.config.evaluation.baselines
     if proxy and not share_vocabulary(pair.tinylm.model, pair.llm.model):
         say("evaluate: no proxy_tuning, for the models' vocabularies differ")
@@ -230,7 +231,7 @@ def systems(study: Study, model: GradTransformer) -> list[tuple[System, Client]]
             System("base_T", "llm"),
             System("ours", "llm", read_adapter(run / "adapters" / client.name, llm)),
         ]
-        if refined:
+        if refines:
             found.append(System("ours_unrefined", "llm", model.generate(update_S[None])[0]))
         if proxy:
             found.append(System("proxy_tuning", proxy_Ld=update_S))
@@ -239,7 +240,9 @@ def systems(study: Study, model: GradTransformer) -> list[tuple[System, Client]]
             found.append(System("public_sft", "llm", public[client.task]))
             found += [System(name, "llm", control(shadows, z_S_P, client.task)) for name, control in CONTROLS.items()]
             if linear:
-                found.append(System(LINEAR, "llm", linear[client.name]))
+                found.append(System(LINEAR, "llm", linear.generate(update_S[None])[0]))
+            if linear_refined:
+                found.append(System(f"{LINEAR}_refined", "llm", linear_refined[client.name]))
         work += [(system, client) for system in found]
     return work
 

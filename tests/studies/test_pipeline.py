@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
 
 from gt_ray.baselines.controls import CONTROLS
@@ -83,6 +84,48 @@ def test_several_update_files_become_one_adapter(report: dict[str, Any], config:
     assert (read_adapter(tmp_path / "adapter", study.roots["llm"]) - expected).abs().max() < 1e-6
 
 
+def test_a_client_of_a_known_task_gets_a_refined_adapter_once(
+    report: dict[str, Any], config: Config, tmp_path: Path
+) -> None:
+    overrides = ["grad_transformer.refinement.steps=2", "grad_transformer.refinement.rows=2"]
+    refining = load_config(str(config.run_folder / "config.yaml"), overrides)
+    study = Study.load(refining)
+    files = [update_file(config.run_folder, study.data.clients[0])]
+    with pytest.raises(UserError, match=r"--task is one of gsm8k, samsum"):
+        generate_files(refining, files, tmp_path / "adapter", "mean")
+    assert not (tmp_path / "adapter").exists()
+    generate_files(refining, files, tmp_path / "adapter", "mean", "gsm8k")
+    refined = read_adapter(tmp_path / "adapter", study.roots["llm"])
+    assert "then refined" in (tmp_path / "adapter" / "README.md").read_text()
+    model = GradTransformer.load(config.run_folder / "grad_transformer")
+    update_S = read_update(files[0], study.roots["tinylm"])[0]
+    moved = refined - model.generate(update_S[None])[0]
+    assert 0 < float(moved.abs().max()) < 3 * refining.grad_transformer.refinement.learning_rate
+    # Another one of the same update is read from the store.
+    known = set(study.store.keys())
+    generate_files(refining, files, tmp_path / "again", "mean", "gsm8k")
+    assert set(study.store.keys()) == known
+    assert torch.equal(read_adapter(tmp_path / "again", study.roots["llm"]), refined)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"kind": "full", "target_modules": ["q_proj", "down_proj"]},
+        {"kind": "xs", "rank": 4, "target_modules": ["q_proj", "k_proj", "up_proj"]},
+        {"target_modules": ["q_proj", "v_proj", "gate_proj", "embed_tokens"]},
+    ],
+    ids=["full", "xs", "embedding"],
+)
+def test_every_parameter_group_goes_through_all_stages(
+    lora: dict[str, Any], tiny_pair: tuple[Path, Path], tmp_path: Path, ray_cluster: None
+) -> None:
+    overrides = [f"pair.{side}.lora={json.dumps(lora)}" for side in ("tinylm", "llm")]
+    report = pipeline(tiny_config(tiny_pair, tmp_path, *overrides))
+    assert {"ours", "P_T", "base_T"} <= {row["system"] for row in report["rows"]}
+
+
 def test_an_adapter_of_another_pair_is_refused(
     report: dict[str, Any], config: Config, tiny_pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -145,14 +188,20 @@ def test_a_study_over_seeds_sums_up_its_populations(
     common += ["clients.populations=[unseen_mixture, unseen_composition, small_data]", "cells=['seed=0', 'seed=1']"]
     behaviour = ["steps=2", "adapters=2", "rows=2", "workers=2"]
     common += [f"grad_transformer.training.behaviour.{override}" for override in behaviour]
+    common += ["grad_transformer.refinement.steps=2", "grad_transformer.refinement.rows=2"]
     tree = run_study("embedded", [*common, "grad_transformer.linear_rank=4"], [], "seeds")
     assert [cell["overrides"] for cell in tree["cells"]] == [["seed=0"], ["seed=1"]]
     assert list(tree["populations"]) == ["unseen_mixture", "unseen_composition", "small_data"]
     reports = [json.loads((tmp_path / "runs" / "seeds" / cell["report"]).read_text()) for cell in tree["cells"]]
     for population, summary in tree["populations"].items():
         average = summary["average"]
-        assert average["controls"].keys() == {"public_sft", "linear_behaviour", *CONTROLS}
-        assert average["baselines"].keys() == {"proxy_tuning"}
+        assert average["controls"].keys() == {
+            "public_sft",
+            "linear_behaviour",
+            "linear_behaviour_refined",
+            *CONTROLS,
+        }
+        assert average["baselines"].keys() == {"proxy_tuning", "ours_unrefined"}
         each = [report["populations"][population]["average"]["ours"] for report in reports]
         assert average["ours"] == pytest.approx(sum(each) / 2)
         clients = {row["client"] for row in reports[0]["rows"] if row["population"] == population}
