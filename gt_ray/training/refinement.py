@@ -56,17 +56,19 @@ def refine_all(study: Study, wanted: Sequence[Generated]) -> list[Tensor]:
         groups = [missing[first : first + settings.adapters] for first in range(0, len(missing), settings.adapters)]
         actors = [kind.remote(shared) for _ in range(min(settings.workers, len(groups)))]
         pool = ray.util.ActorPool(actors)
-        for group in groups:
-            pool.submit(lambda actor, one: actor.refine.remote(one[0], one[1]), (group, [wanted[i] for i in group]))
-        with bar("refine", len(missing)) as progress:
-            while pool.has_next():
-                group, refined = pool.get_next_unordered()
-                for i, update_Ld in zip(group, refined, strict=True):
-                    meta = UnitMeta(study.roots["llm"].hash, made_by[i], [0], samples=settings.rows)
-                    study.store.write(keys[i], torch.from_numpy(update_Ld.copy())[None], meta)
-                    progress.advance()
-        for actor in actors:
-            ray.kill(actor)
+        try:
+            for group in groups:
+                pool.submit(lambda actor, one: actor.refine.remote(*one), (group, [wanted[i] for i in group]))
+            with bar("refine", len(missing)) as progress:
+                while pool.has_next():
+                    group, refined = pool.get_next_unordered()
+                    for i, update_Ld in zip(group, refined, strict=True):
+                        meta = UnitMeta(study.roots["llm"].hash, made_by[i], [0], samples=settings.rows)
+                        study.store.write(keys[i], torch.from_numpy(update_Ld.copy())[None], meta)
+                        progress.advance()
+        finally:
+            for actor in actors:
+                ray.kill(actor)
     return [study.store.read(key)[0][-1] for key in keys]
 
 
