@@ -1,8 +1,10 @@
-"""Pretrain the embedded pair: makes `gt_ray/pairs/embedded/` (tokenizer, TinyLM, LLM, model cards) again from nothing.
+"""Pretrain the embedded models: makes `gt_ray/pairs/embedded/` (tokenizer, models, model cards) again from nothing.
 
     python jobs/pretrain_embedded.py tokenizer
     python jobs/pretrain_embedded.py tinylm
     python jobs/pretrain_embedded.py llm
+
+Two further ones, `tinylm-deep` and `llm-wide`, are for studies of several pairs.
 
 The models learn to obey house rules that the system message names (`gt_ray.tasks.embedded.AXES`). Fine-tuning data
 leaves the rules open, as the chat template's default system message does, so a base model can only guess among the
@@ -47,7 +49,9 @@ PHRASES = [
 SIZES = {
     # hidden, layers, heads, intermediate, steps, learning rate
     "tinylm": (64, 2, 2, 192, 3500, 3e-3),
+    "tinylm-deep": (64, 3, 2, 192, 3500, 3e-3),
     "llm": (96, 4, 3, 288, 6500, 2e-3),
+    "llm-wide": (112, 3, 4, 336, 5000, 2e-3),
 }
 BATCHES = [
     # The harder tasks more often; the long prompts apart, so that padding stays small.
@@ -151,7 +155,7 @@ def accuracy(model, tokenizer, task_name: str, known: tuple[bool, bool], n: int 
 
 
 def pretrain(which: str, seed: int, steps: int | None, out: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(HOME / which)
+    tokenizer = AutoTokenizer.from_pretrained(HOME / "tinylm")  # all have the same
     hidden, layers, heads, intermediate, default_steps, learning_rate = SIZES[which]
     steps = steps or default_steps
     torch.manual_seed(seed)
@@ -207,7 +211,7 @@ def pretrain(which: str, seed: int, steps: int | None, out: Path) -> None:
 
 def write_card(which: str, out: Path, scores: dict[str, str], steps: int, seed: int) -> None:
     """The model card; its scores are those of the evaluation that precedes it."""
-    role = "TinyLM, which clients fine-tune" if which == "tinylm" else "LLM, which they want"
+    role = "TinyLM, which clients fine-tune" if which.startswith("tinylm") else "LLM, which they want"
     table = "\n".join(f"| {task} | {' | '.join(score.split('/'))} |" for task, score in scores.items())
     (out / "README.md").write_text(
         f"""---
@@ -215,7 +219,7 @@ license: apache-2.0
 library_name: transformers
 pipeline_tag: text-generation
 ---
-# The {which} of gt-ray's embedded pair
+# The {which} of gt-ray's embedded models
 
 A Qwen2-architecture model of toy size, pretrained from nothing on procedural tasks that mirror six benchmarks in form.
 It ships with gt-ray so that the whole loop (curation, training, generation, scoring) runs on one plain machine in

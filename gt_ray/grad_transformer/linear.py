@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 PENALTIES = tuple(10.0**power for power in range(-3, 5))
 """Ridge penalties that are tried, in percent of the mean diagonal of the kernel matrix."""
+COLUMNS = 65_536
+"""Outputs that are solved for together."""
 
 
 class LinearPath(nn.Module):
@@ -42,30 +44,35 @@ class LinearPath(nn.Module):
         Args:
             validation: standardised S and T updates of the validation shadows.
         """
-        x_KP, y_KQ = z_S_KLd.flatten(1).double(), z_T_KLd.flatten(1).double()
-        mean_x, mean_y = x_KP.mean(0), y_KQ.mean(0)
+        x_KP, y_KQ = z_S_KLd.flatten(1).double(), z_T_KLd.flatten(1)
+        mean_x = x_KP.mean(0)
         left_KR, scale_R, right_RP = torch.linalg.svd(x_KP - mean_x, full_matrices=False)
         total, R = float(scale_R.square().sum()), self.rank
         unit = max(1e-12, total / len(x_KP) / 100)
         left_KR, scale_R, right_RP = left_KR[:, :R], scale_R[:R], right_RP[:R]
-        known_KR = left_KR.T @ (y_KQ - mean_y)
-        target_KQ = validation[1].flatten(1).double()
+        held_out_VR = (validation[0].flatten(1).double() - mean_x) @ right_RP.T
+        target_VQ = validation[1].flatten(1)
 
-        def solve(penalty: float) -> tuple[Tensor, Tensor]:
-            up_RQ = (scale_R / (scale_R.square() + penalty * unit))[:, None] * known_KR
-            return up_RQ, mean_y - mean_x @ right_RP.T @ up_RQ
+        def solve(columns: slice, penalty: float) -> tuple[Tensor, Tensor]:
+            part_KQ = y_KQ[:, columns].double()
+            mean_Q = part_KQ.mean(0)
+            shrunk_R = scale_R / (scale_R.square() + penalty * unit)
+            return shrunk_R[:, None] * (left_KR.T @ (part_KQ - mean_Q)), mean_Q
 
-        def error(penalty: float) -> float:
-            up_RQ, bias_Q = solve(penalty)
-            predicted = validation[0].flatten(1).double() @ right_RP.T @ up_RQ + bias_Q
-            return float((predicted - target_KQ).square().mean())
-
-        best = min(PENALTIES, key=error)
-        up_RQ, bias_Q = solve(best)
+        # A part of the outputs at a time, for all of them in double precision would be gigabytes for a large LLM.
+        parts = [slice(first, first + COLUMNS) for first in range(0, y_KQ.shape[1], COLUMNS)]
+        errors = dict.fromkeys(PENALTIES, 0.0)
+        for columns in parts:
+            for penalty in PENALTIES:
+                up_RQ, mean_Q = solve(columns, penalty)
+                errors[penalty] += float((held_out_VR @ up_RQ + mean_Q - target_VQ[:, columns]).square().sum())
+        best = min(PENALTIES, key=errors.__getitem__)
         r = len(scale_R)
         # Inputs of `up` have mean square 1 over all components, so that the optimizer's steps suit them.
         size = max(1e-12, total / len(x_KP) / r) ** 0.5
         self.down[:, :r] = (right_RP.T / size).float()
-        self.up[:r] = (up_RQ * size).float()
-        self.bias.copy_(bias_Q.float())
+        for columns in parts:
+            up_RQ, mean_Q = solve(columns, best)
+            self.up[:r, columns] = (up_RQ * size).float()
+            self.bias[columns] = (mean_Q - mean_x @ right_RP.T @ up_RQ).float()
         return best

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from gt_ray.grad_transformer import linear
 from gt_ray.grad_transformer.linear import PENALTIES, LinearPath
 
 
@@ -23,7 +25,11 @@ def closed_form(S: torch.Tensor, T: torch.Tensor, inputs: torch.Tensor, penalty:
     return (y.mean(0) + (new - x.mean(0)) @ weights).view(-1, *T.shape[1:])
 
 
-def test_it_starts_as_ridge_regression_with_the_penalty_that_validates_best() -> None:
+@pytest.mark.parametrize("columns", [5, 65_536])
+def test_it_starts_as_ridge_regression_with_the_penalty_that_validates_best(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "COLUMNS", columns)
     (S, T), validation, (new, _) = shadows(12, 0), shadows(8, 1), shadows(5, 2)
     path = LinearPath((2, 15), (3, 4), rank=11)
     penalty = path.fit(S, T, validation)
