@@ -86,6 +86,12 @@ TINY_OVERRIDES = [
     "curation.shadows=12",
     "curation.samples=8",
     "curation.snapshots=2",
+    # The plain recipe; tests of the other one say so.
+    "curation.plan=domains",
+    "curation.tinylm_shadows=0",
+    "grad_transformer.linear_rank=0",
+    "grad_transformer.training.behaviour.steps=0",
+    "grad_transformer.refinement.steps=0",
     "clients.per_task=1",
     "clients.samples=8",
     "evaluation.engine=transformers",  # starting vLLM takes longer than all of such a study

@@ -26,6 +26,8 @@ def config_of(*overrides: str) -> Config:
         "clients.samples=8",
         "evaluation.test_rows=4",
         "curation.samples=16",
+        "curation.plan=domains",
+        "curation.tinylm_shadows=0",
     ]
     return load_config("embedded", [*small, *overrides])
 
