@@ -36,7 +36,11 @@ def test_the_pairs_of_tables_1_and_3_are_presets() -> None:
         ("embedded", ["clients.populations=[other]"], "clients.populations.0"),
         ("embedded", ["data.unseen_domains=2"], "data.unseen_domains"),
         ("embedded", ["grad_transformer.phi=null", "grad_transformer.linear_rank=0"], "linear_rank=0"),
-        ("embedded", ["grad_transformer.phi=null", "grad_transformer.training.behaviour.steps=0"], "behaviour.steps only"),
+        (
+            "embedded",
+            ["grad_transformer.phi=null", "grad_transformer.training.behaviour.steps=0"],
+            "behaviour.steps only",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(preset: str, overrides: list[str], error: str) -> None:

@@ -32,7 +32,7 @@ from gt_ray.updates.layout import Layout
 if TYPE_CHECKING:
     from transformers import T5Config, T5Model
 
-FORMAT = "gt-ray-grad-transformer/1"
+FORMAT = "gt-ray-grad-transformer/2"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
