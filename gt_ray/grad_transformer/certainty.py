@@ -3,10 +3,11 @@
 The distance is local, for the updates of some tasks lie closer together than those of others: the mean distance of a
 standardised S update from its nearest training shadows, over that of these shadows from their own nearest ones (the
 simplified local outlier factor), in units of what is usual: the median over the validation shadows, which the
-Grad-Transformer has not seen either. A client further away than every validation shadow is out of range: nothing is known
-of the error of its update. For the others the validation shadows tell. Where training was on behaviour, the error is the share of what fine-tuning the LLM gains (in loss) that their
-generated updates lose (0: as good as fine-tuning, 1: as bad as no update); otherwise that of the generated updates
-themselves, as a share of the mean update's (0: exact, 1: no better than the mean).
+Grad-Transformer has not seen either. A client further away than every validation shadow is out of range: nothing is
+known of the error of its update. For the others the validation shadows tell. Where training was on behaviour, the error
+is the share of what fine-tuning the LLM gains (in loss) that their generated updates lose (0: as good as fine-tuning,
+1: as bad as no update); otherwise that of the generated updates themselves, as a share of the mean update's (0: exact,
+1: no better than the mean).
 """
 
 from __future__ import annotations
