@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+Result = TypeVar("Result")
 
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 BESIDES = 2
@@ -72,6 +74,38 @@ def training_bytes(step: Callable[[], object], device: torch.device) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that an allocation failed."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+class Parts:
+    """Calls a function on parts of a list of things, fewer at a time after running out of memory.
+
+    Args:
+        at_once: things in a part, as long as memory suffices.
+    """
+
+    def __init__(self, at_once: int, device: torch.device) -> None:
+        self.at_once, self.device = at_once, device
+
+    def __call__(self, n: int, work: Callable[[slice], Result]) -> list[Result]:
+        """What `work` returns for each part of n things, in order.
+
+        Raises:
+            RuntimeError, MemoryError: what `work` raises; out of memory with a single thing too.
+        """
+        found: list[Result] = []
+        first = 0
+        while first < n:
+            part = slice(first, min(n, first + self.at_once))
+            try:
+                found.append(work(part))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self.at_once == 1:
+                    raise
+                self.at_once //= 2
+                release(self.device)
+                continue
+            first = part.stop
+        return found
 
 
 def release(device: torch.device) -> None:

@@ -16,7 +16,7 @@ from gt_ray.curation.jobs import model_settings
 from gt_ray.curation.planner import gpus_of_an_actor
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
-from gt_ray.learning.memory import is_out_of_memory, release
+from gt_ray.learning.memory import Parts
 
 if TYPE_CHECKING:
     from gt_ray.learning.behaviour import Behaviour
@@ -54,7 +54,7 @@ class LlmActor:
         training = self.study.config.grad_transformer.training
         self.tokenizer = load_tokenizer(self.study.config.pair.llm.model)
         self.behaviour = load_behaviour(self.study, training.behaviour.teacher)
-        self.at_once = training.behaviour.adapters
+        self.parts = Parts(training.behaviour.adapters, self.behaviour.losses.device)
         self.samples: dict[int, list[Any]] = {}
 
     def losses(self, update_GLd: Any, draws: list[Draw], update_S_GLd: Any) -> tuple[Any, Any]:
@@ -68,25 +68,14 @@ class LlmActor:
         groups = [[(rows := self._rows(k))[row % len(rows)] for k, row in draw] for draw in draws]
         updates = torch.from_numpy(update_GLd.copy())
         inputs = None if update_S_GLd is None else torch.from_numpy(update_S_GLd.copy())
-        losses: list[Tensor] = []
-        gradients: list[Tensor] = []
-        first = 0
-        while first < len(groups):
-            part = slice(first, first + self.at_once)
-            try:
-                loss_G, gradient_GLd = self.behaviour(
-                    updates[part], groups[part], inputs is not None, None if inputs is None else inputs[part]
-                )
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.at_once == 1:
-                    raise
-                self.at_once //= 2
-                release(self.behaviour.losses.device)
-                continue
-            losses.append(loss_G)
-            gradients += [] if gradient_GLd is None else [gradient_GLd]
-            first = part.stop
-        return torch.cat(losses).numpy(), torch.cat(gradients).numpy() if gradients else None
+        parts = self.parts(
+            len(groups),
+            lambda part: self.behaviour(
+                updates[part], groups[part], inputs is not None, None if inputs is None else inputs[part]
+            ),
+        )
+        gradients = [gradient_GLd for _, gradient_GLd in parts if gradient_GLd is not None]
+        return torch.cat([loss_G for loss_G, _ in parts]).numpy(), torch.cat(gradients).numpy() if gradients else None
 
     def _rows(self, k: int) -> list[Any]:
         if k not in self.samples:

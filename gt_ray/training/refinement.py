@@ -14,6 +14,7 @@ from gt_ray.cluster import connect
 from gt_ray.curation.jobs import model_settings
 from gt_ray.curation.planner import gpus_of_an_actor
 from gt_ray.curation.study import Study
+from gt_ray.learning.memory import Parts
 from gt_ray.learning.refinement import refine
 from gt_ray.progress import bar
 from gt_ray.training.behaviour import load_behaviour
@@ -93,24 +94,24 @@ class _Actor:
         self.study = study
         self.tokenizer = load_tokenizer(study.config.pair.llm.model)
         self.behaviour = load_behaviour(study, weight=1.0)
+        self.parts = Parts(study.config.grad_transformer.refinement.adapters, self.behaviour.losses.device)
 
     def refine(self, group: list[int], wanted: list[Generated]) -> tuple[list[int], Any]:
         """The group as it was given, and its refined updates [G, L, d] as a numpy array."""
         settings = self.study.config.grad_transformer.refinement
         samples = [self._samples(one.task) for one in wanted]
 
-        def rows(step: int) -> list[list[Any]]:
-            return [found[step * settings.rows : (step + 1) * settings.rows] for found in samples]
+        def work(part: slice) -> Tensor:
+            return refine(
+                self.behaviour,
+                torch.stack([one.update_Ld for one in wanted[part]]),
+                torch.stack([one.update_S_Ld for one in wanted[part]]),
+                torch.tensor([one.share for one in wanted[part]]),
+                lambda step: [found[step * settings.rows : (step + 1) * settings.rows] for found in samples[part]],
+                settings,
+            )
 
-        refined_GLd = refine(
-            self.behaviour,
-            torch.stack([one.update_Ld for one in wanted]),
-            torch.stack([one.update_S_Ld for one in wanted]),
-            torch.tensor([one.share for one in wanted]),
-            rows,
-            settings,
-        )
-        return group, refined_GLd.numpy()
+        return group, torch.cat(self.parts(len(wanted), work)).numpy()
 
     def _samples(self, task: str) -> list[Any]:
         """Rows for all steps, of every domain that public rows have; the same for every client of a task."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from gt_ray.learning.memory import BESIDES, is_out_of_memory, training_bytes
+from gt_ray.learning.memory import BESIDES, Parts, is_out_of_memory, training_bytes
 
 CPU = torch.device("cpu")
 
@@ -41,3 +42,25 @@ def test_out_of_memory_is_told_from_other_errors() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("x")) and is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_parts_get_smaller_after_running_out_of_memory_and_stay_so() -> None:
+    asked: list[slice] = []
+
+    def work(part: slice) -> list[int]:
+        asked.append(part)
+        if part.stop - part.start > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return list(range(10)[part])
+
+    parts = Parts(8, CPU)
+    assert sum(parts(5, work), []) == [0, 1, 2, 3, 4]
+    assert asked == [slice(0, 5), slice(0, 4), slice(0, 2), slice(2, 4), slice(4, 5)] and parts.at_once == 2
+
+    def never(_: slice) -> None:
+        raise RuntimeError("out of memory" if parts.at_once == 1 else "DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        parts(3, never)
+    with pytest.raises(RuntimeError, match="another"):
+        Parts(8, CPU)(3, lambda _: (_ for _ in ()).throw(RuntimeError("another")))
