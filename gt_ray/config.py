@@ -183,6 +183,12 @@ class BehaviourSettings(Section):
     teacher: float = Field(
         0.0, ge=0, le=1, description="share of the loss that is the divergence from proxy-tuning; needs one vocabulary"
     )
+    average: float = Field(
+        0.995,
+        ge=0,
+        lt=1,
+        description="decay of the moving average of the weights over these steps, which is what is kept; 0: the last",
+    )
     workers: int = Field(1, ge=1, description="LLM actors")
 
 

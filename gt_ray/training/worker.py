@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from gt_ray.config import TrainingSettings
-from gt_ray.grad_transformer.network import GradTransformer, block_loss
+from gt_ray.config import BehaviourSettings, TrainingSettings
+from gt_ray.grad_transformer.network import WEIGHTS, GradTransformer, block_loss
 from gt_ray.training.behaviour import Draw, LlmActors
 from gt_ray.training.inputs import Inputs
 from gt_ray.training.tuples import mixing_weights
@@ -67,11 +68,12 @@ def train_worker(config: dict[str, Any]) -> None:
     trained = ray.train.torch.prepare_model(model)  # moves the model, so before the optimizer takes its parameters
     steps, first_behaviour = config["steps"], config["steps"] - settings.behaviour.steps
     optimizer, schedule = optimizer_of(model, steps, settings)
+    averaged = averaged_of(model, settings.behaviour)
     done = 0
     history: list[dict[str, float]] = []
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
-            done, history = restore(Path(folder), model, optimizer, schedule)
+            done, history = restore(Path(folder), model, averaged, optimizer, schedule)
     device = ray.train.torch.get_device()
     validation = _validation_tuples(device)
     writer = SummaryWriter(config["events"]) if rank == 0 else None
@@ -105,6 +107,8 @@ def train_worker(config: dict[str, Any]) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
         optimizer.step()
         schedule.step()
+        if step >= first_behaviour:
+            averaged.update_parameters(model)
         if rank == 0 and step % 10 == 0:
             Path(config["progress"]).write_text(str(step + 1))
         ends_phase = step + 1 in (first_behaviour, steps)
@@ -112,7 +116,7 @@ def train_worker(config: dict[str, Any]) -> None:
             metrics = {
                 "step": step + 1,
                 "behaviour" if step >= first_behaviour else "loss": math.fsum(losses) / len(losses),
-                **validate(model, validation, llm),
+                **validate(finished(model, averaged), validation, llm),
                 "wall_s": time.perf_counter() - started,
             }
             losses.clear()
@@ -122,7 +126,7 @@ def train_worker(config: dict[str, Any]) -> None:
                     writer.add_scalar(f"train/{name}", value, step + 1)
             with tempfile.TemporaryDirectory() as folder:
                 if rank == 0:
-                    save(Path(folder), model, optimizer, schedule, history)
+                    save(Path(folder), model, averaged, optimizer, schedule, history)
                     ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
                 else:
                     ray.train.report(metrics)
@@ -149,6 +153,16 @@ def optimizer_of(model: GradTransformer, steps: int, settings: TrainingSettings)
         partial(learning_rate, steps=steps, settings=settings, rests=rests) for _, rests in groups
     ]
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+
+
+def averaged_of(model: GradTransformer, settings: BehaviourSettings) -> AveragedModel:
+    """The exponential moving average of the weights over the behaviour phase, which is what is validated and kept."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
+
+
+def finished(model: GradTransformer, averaged: AveragedModel) -> GradTransformer:
+    """The averaged model as soon as there is one, else the model itself."""
+    return cast(GradTransformer, averaged.module) if averaged.n_averaged else model
 
 
 def learning_rate(step: int, steps: int, settings: TrainingSettings, rests: bool = False) -> float:
@@ -233,31 +247,45 @@ def halves(task_N: Tensor) -> Tensor:
     return weights_NN
 
 
-def save(folder: Path, model: GradTransformer, optimizer: Any, schedule: Any, history: list[dict[str, float]]) -> None:
-    """A checkpoint from which `restore` goes on."""
-    model.save(folder / "model")
-    # Optimizer state as safetensors too: no pickle anywhere.
+def save(
+    folder: Path,
+    model: GradTransformer,
+    averaged: AveragedModel,
+    optimizer: Any,
+    schedule: Any,
+    history: list[dict[str, float]],
+) -> None:
+    """A checkpoint from which `restore` goes on; its `model` is the averaged one."""
+    # Optimizer state and weights as safetensors: no pickle anywhere.
     from safetensors.torch import save_file
 
+    finished(model, averaged).save(folder / "model")
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / WEIGHTS)
     state = optimizer.state_dict()["state"]
     save_file(
         {f"{i}.{name}": value.contiguous() for i, entry in state.items() for name, value in entry.items()},
         folder / "optimizer.safetensors",
     )
     (folder / HISTORY).write_text(json.dumps(history), encoding="utf-8")
-    (folder / STATE).write_text(json.dumps({"step": schedule.last_epoch}), encoding="utf-8")
+    progress = {"step": schedule.last_epoch, "averaged": int(averaged.n_averaged)}
+    (folder / STATE).write_text(json.dumps(progress), encoding="utf-8")
 
 
-def restore(folder: Path, model: GradTransformer, optimizer: Any, schedule: Any) -> tuple[int, list[dict[str, float]]]:
+def restore(
+    folder: Path, model: GradTransformer, averaged: AveragedModel, optimizer: Any, schedule: Any
+) -> tuple[int, list[dict[str, float]]]:
     """Set everything as it was when `save` wrote it; returns steps done and the history."""
     from safetensors.torch import load_file
 
-    model.load_state_dict(load_file(folder / "model" / "model.safetensors"))
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    averaged.module.load_state_dict(load_file(folder / "model" / WEIGHTS))
     entries: dict[int, dict[str, Tensor]] = {}
     for name, value in load_file(folder / "optimizer.safetensors").items():
         number, _, part = name.partition(".")
         entries.setdefault(int(number), {})[part] = value
-    step = int(json.loads((folder / STATE).read_text(encoding="utf-8"))["step"])
+    progress = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    step = int(progress["step"])
+    averaged.n_averaged.fill_(int(progress["averaged"]))
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
     schedule.last_epoch = step
     for group, rate, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):

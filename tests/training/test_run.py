@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 
+from gt_ray.config import BehaviourSettings
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.network import GradTransformer, make_phi
 from gt_ray.studies.pipeline import curate_stage
 from gt_ray.training.run import train
-from gt_ray.training.worker import restore, save
+from gt_ray.training.worker import averaged_of, restore, save
 from tests.conftest import tiny_config
 from tests.grad_transformer.test_network import LAYOUT_S, LAYOUT_T, PHI
 
@@ -23,7 +25,7 @@ from tests.grad_transformer.test_network import LAYOUT_S, LAYOUT_T, PHI
 def test_training_learns_resumes_and_is_not_repeated(
     tiny_pair: tuple[Path, Path], tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = ["linear_rank=4", "training.learning_rate=1e-2", "training.batch_size=4"]
+    recipe = ["linear_rank=4", "phi.dropout=0.1", "training.learning_rate=1e-2", "training.batch_size=4"]
     recipe += ["training.behaviour.steps=4", "training.behaviour.adapters=3", "training.behaviour.rows=2"]
     overrides = ["training.behaviour.workers=2", "training.behaviour.learning_rate=1e-2", *recipe]
     study = Study.load(tiny_config(tiny_pair, tmp_path, *(f"grad_transformer.{override}" for override in overrides)))
@@ -43,7 +45,6 @@ def test_training_learns_resumes_and_is_not_repeated(
     assert "train: nothing to do" in capsys.readouterr().err
     # The same seed gives the same weights, dropout included.
     repeated = Study.load(study.config.model_copy(update={"name": "repeated"}))
-    assert study.config.grad_transformer.phi.dropout > 0
     _assert_equal(model, GradTransformer.load(train(repeated)))
     # Without the exported result, the training goes on from its last checkpoint, the end: the same weights again.
     (out / "model.safetensors").write_bytes(b"damaged")
@@ -56,18 +57,19 @@ def _assert_equal(first: GradTransformer, second: GradTransformer) -> None:
         assert torch.equal(tensor, second.state_dict()[name]), name
 
 
-Training = tuple[GradTransformer, torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]
+Training = tuple[GradTransformer, AveragedModel, torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]
 
 
 def _make() -> Training:
     torch.manual_seed(0)
     model = GradTransformer(LAYOUT_S, LAYOUT_T, make_phi(PHI), {})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 / (1 + s))
+    averaged = averaged_of(model, BehaviourSettings(average=0.5))
+    return model, averaged, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 / (1 + s))
 
 
-def _steps(training: Training, n: int) -> None:
-    model, optimizer, schedule = training
+def _steps(training: Training, n: int, averages_from: int) -> None:
+    model, averaged, optimizer, schedule = training
     for _ in range(n):
         generator = torch.Generator().manual_seed(schedule.last_epoch)
         S = torch.randn(4, LAYOUT_S.L, LAYOUT_S.d, generator=generator)
@@ -76,14 +78,32 @@ def _steps(training: Training, n: int) -> None:
         model.loss(S, T).backward()
         optimizer.step()
         schedule.step()
+        if schedule.last_epoch > averages_from:
+            averaged.update_parameters(model)
 
 
-def test_a_checkpoint_restores_model_optimizer_and_schedule(tmp_path: Path) -> None:
+@pytest.mark.parametrize("averages_from", [1, 2])
+def test_a_checkpoint_restores_model_average_optimizer_and_schedule(tmp_path: Path, averages_from: int) -> None:
     straight, interrupted, resumed = _make(), _make(), _make()
-    _steps(straight, 4)
-    _steps(interrupted, 2)
+    _steps(straight, 4, averages_from)
+    _steps(interrupted, 2, averages_from)
     save(tmp_path, *interrupted, [{"step": 2.0}])
     assert restore(tmp_path, *resumed) == (2, [{"step": 2.0}])
-    _steps(resumed, 2)
-    for name, tensor in straight[0].state_dict().items():
-        assert torch.allclose(tensor, resumed[0].state_dict()[name], atol=1e-6), name
+    _steps(resumed, 2, averages_from)
+    for i in (0, 1):
+        for name, tensor in straight[i].state_dict().items():
+            assert torch.allclose(tensor, resumed[i].state_dict()[name], atol=1e-6), name
+    kept = GradTransformer.load(tmp_path / "model").state_dict()
+    expected = interrupted[1].module if averages_from < 2 else interrupted[0]
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in expected.state_dict().items())
+    # The average is the slow calculation's: half of the last weights, and half of the average before.
+    if averages_from == 1:
+        slow = _make()
+        weights = []
+        for _ in range(4):
+            _steps(slow, 1, averages_from=9)
+            weights.append(slow[0].start.detach().clone())
+        average = weights[1]
+        for later in weights[2:]:
+            average = 0.5 * average + 0.5 * later
+        assert torch.allclose(straight[1].module.start, average, atol=1e-6)
