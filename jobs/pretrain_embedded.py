@@ -18,6 +18,7 @@ import copy
 import itertools
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -46,6 +47,7 @@ PHRASES = [
     "Summarize the following dialogue.\n",
 ]
 """The benchmarks' fixed sentences are one token each, which shortens every prompt by a third."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 SIZES = {
     # hidden, layers, heads, intermediate, steps, learning rate
     "tinylm": (64, 2, 2, 192, 3500, 3e-3),
@@ -205,7 +207,8 @@ def pretrain(which: str, seed: int, steps: int | None, out: Path) -> None:
             model.train()
             print(f"step {step + 1} {time.time() - start:.0f} s, score with/without rules: {scores}", flush=True)
             copy.deepcopy(model).half().save_pretrained(out)
-            tokenizer.save_pretrained(out)
+            for name in TOKENIZER_FILES:  # as they are: the tokenizer in use keeps its last padding
+                shutil.copy(HOME / "tinylm" / name, out)
             write_card(which, out, scores, steps, seed)
 
 
