@@ -179,7 +179,8 @@ class BehaviourSettings(Section):
     adapters: int = Field(8, ge=1, description="updates generated for one step, over all training workers")
     rows: int = Field(8, ge=1, description="rows that each of them is tried on")
     mix: float = Field(0.5, ge=0, le=1, description="share of the inputs that are mixtures of two")
-    learning_rate: float = Field(3e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, description="of the network")
+    linear_learning_rate: float = Field(3e-4, gt=0, description="of the linear path")
     teacher: float = Field(
         0.0, ge=0, le=1, description="share of the loss that is the divergence from proxy-tuning; needs one vocabulary"
     )
@@ -195,7 +196,7 @@ class BehaviourSettings(Section):
 class TrainingSettings(Section):
     """How the Grad-Transformer is trained (section 4.2)."""
 
-    epochs: int = Field(30, ge=1)
+    epochs: int = Field(30, ge=0, description="of Eq. 10; 0: training on behaviour alone (recipe=paper: 30)")
     batch_size: int = Field(32, ge=1, description="tuples per optimizer step, over all workers")
     learning_rate: float = Field(5e-5, gt=0, description="the paper: 2e-5 to 8e-5")
     warmup_share: float = Field(0.05, ge=0, lt=1)
@@ -208,6 +209,12 @@ class TrainingSettings(Section):
     num_cpus: float = Field(1, gt=0, description="CPUs of one training worker")
     seed: int = 0
     behaviour: BehaviourSettings = BehaviourSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingSettings:
+        if not self.epochs and not self.behaviour.steps:
+            raise ValueError("epochs=0 and behaviour.steps=0 leave nothing to train")
+        return self
 
 
 class RefinementSettings(Section):
@@ -250,6 +257,8 @@ class GradTransformerSettings(Section):
         behaviour = training.get("behaviour") or {}
         behaviour = behaviour if isinstance(behaviour, dict) else behaviour.model_dump()
         plain = {**training, "pool_max": 1, "behaviour": {**behaviour, "steps": 0}}
+        if not plain.get("epochs", 1):
+            del plain["epochs"]
         return {**tree, "linear_rank": 0, "training": plain, "refinement": {}}
 
     @model_validator(mode="after")

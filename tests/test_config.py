@@ -38,9 +38,14 @@ def test_the_pairs_of_tables_1_and_3_are_presets() -> None:
         ("embedded", ["grad_transformer.phi=null", "grad_transformer.linear_rank=0"], "linear_rank=0"),
         (
             "embedded",
-            ["grad_transformer.phi=null", "grad_transformer.training.behaviour.steps=0"],
+            [
+                "grad_transformer.phi=null",
+                "grad_transformer.training.epochs=1",
+                "grad_transformer.training.behaviour.steps=0",
+            ],
             "behaviour.steps only",
         ),
+        ("embedded", ["grad_transformer.training.behaviour.steps=0"], "nothing to train"),
     ],
 )
 def test_what_does_not_go_together_is_refused(preset: str, overrides: list[str], error: str) -> None:
@@ -222,5 +227,6 @@ def test_the_papers_recipe_is_plain_whatever_the_preset_says(tmp_path: Path) -> 
     settings = plain.grad_transformer
     assert (settings.linear_rank, settings.training.pool_max, settings.training.behaviour.steps) == (0, 1, 0)
     assert settings.training.epochs == 7
+    assert load_config("embedded", ["grad_transformer.recipe=paper"]).grad_transformer.training.epochs == 30
     (tmp_path / "plain.yaml").write_text(plain.to_yaml())
     assert load_config(str(tmp_path / "plain.yaml")) == plain

@@ -88,7 +88,7 @@ def train(study: Study, name: str = MODEL) -> Path:
     steps = (training.epochs * n_tuples // training.workers) // each
     if settings.phi is None:
         steps = 0  # nothing is left for Eq. 10 to train: the linear path starts as its solution
-    elif steps == 0:
+    elif steps == 0 and training.epochs:
         raise UserError(
             f"{n_tuples} tuples are fewer than one batch of {training.batch_size}; lower training.batch_size"
         )
@@ -97,7 +97,7 @@ def train(study: Study, name: str = MODEL) -> Path:
     what = "the Grad-Transformer" if settings.phi else "the linear path alone"
     say(f"train: {what}, {n_tuples} tuples, {training.epochs} epochs, {total} optimizer steps{behaviour}")
     seed = training.seed + study.config.seed
-    rows = epoch_rows(keys[False], range(training.epochs), seed)
+    rows = epoch_rows(keys[False], range(max(1, training.epochs)), seed)
     load = partial(load_tuples, store=study.store, seed=seed)
     streams = {
         "train": ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // (8 * UNITS_A_TASK))).map_batches(

@@ -150,7 +150,7 @@ def optimizer_of(model: GradTransformer, steps: int, settings: TrainingSettings)
         [{"params": parameters} for parameters, _ in groups], lr=1.0, weight_decay=settings.weight_decay
     )
     rates: list[Callable[[int], float]] = [
-        partial(learning_rate, steps=steps, settings=settings, rests=rests) for _, rests in groups
+        partial(learning_rate, steps=steps, settings=settings, linear=linear) for _, linear in groups
     ]
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
 
@@ -165,18 +165,19 @@ def finished(model: GradTransformer, averaged: AveragedModel) -> GradTransformer
     return cast(GradTransformer, averaged.module) if averaged.n_averaged else model
 
 
-def learning_rate(step: int, steps: int, settings: TrainingSettings, rests: bool = False) -> float:
+def learning_rate(step: int, steps: int, settings: TrainingSettings, linear: bool = False) -> float:
     """Each phase warms up linearly and decays linearly to zero.
 
     Args:
-        rests: whether the rate is zero in the first phase.
+        linear: whether it is that of the linear path, which rests in the first phase.
     """
     behaviour = settings.behaviour
     first_behaviour = steps - behaviour.steps
     if step < first_behaviour:
-        peak, steps = 0.0 if rests else settings.learning_rate, first_behaviour
+        peak, steps = 0.0 if linear else settings.learning_rate, first_behaviour
     else:
-        peak, step, steps = behaviour.learning_rate, step - first_behaviour, behaviour.steps
+        peak = behaviour.linear_learning_rate if linear else behaviour.learning_rate
+        step, steps = step - first_behaviour, behaviour.steps
     warmup = max(1, round(settings.warmup_share * steps))
     return peak * min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
 

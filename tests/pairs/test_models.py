@@ -96,7 +96,9 @@ def test_a_damaged_index_of_shards_is_an_error(content: str, folder: Path) -> No
 
 
 def test_an_unknown_embedded_model_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match="no embedded model 'embedded:nano'; known: embedded:llm, embedded:llm-wide, embedded:tinylm"):
+    with pytest.raises(
+        UserError, match="no embedded model 'embedded:nano'; known: embedded:llm, embedded:llm-wide, embedded:tinylm"
+    ):
         resolve("embedded:nano")
 
 

@@ -28,6 +28,7 @@ def test_training_learns_resumes_and_is_not_repeated(
     recipe = ["linear_rank=4", "phi.dropout=0.1", "training.learning_rate=1e-2", "training.batch_size=4"]
     recipe += ["training.behaviour.steps=4", "training.behaviour.adapters=3", "training.behaviour.rows=2"]
     overrides = ["training.behaviour.workers=2", "training.behaviour.learning_rate=1e-2", *recipe]
+    overrides.append("training.behaviour.linear_learning_rate=1e-2")
     study = Study.load(tiny_config(tiny_pair, tmp_path, *(f"grad_transformer.{override}" for override in overrides)))
     with pytest.raises(UserError, match=r"24 units are missing .* curate first"):
         train(study)
