@@ -131,7 +131,7 @@ def make_root(settings: ModelSettings, cache: Path | None = None) -> Root:
             return replace(Root.load(cached), base_model=settings.model)
     initial = initial_adapter(folder, settings.lora, settings.root_seed)
     fixed = _singular_factors(folder, settings.lora, initial) if settings.lora.kind == "xs" else {}
-    root = Root(hash_root(folder, settings.lora, initial), settings.model, settings.lora, initial, fixed)
+    root = Root(hash_root(folder, settings.lora, initial, fixed), settings.model, settings.lora, initial, fixed)
     if cached:
         partial = cached.with_name(f".{cached.name}.{uuid.uuid4().hex[:8]}")
         try:
@@ -183,10 +183,12 @@ def initial_tensors(
     initial: dict[str, Tensor] = {}
     head = model.get_output_embeddings()  # runs on some tokens alone, and often shares the embedding's weights
     for name, module in sorted(model.named_modules()):
-        if name.rpartition(".")[2] not in lora.target_modules or not hasattr(module, "weight") or module is head:
+        if name.rpartition(".")[2] not in lora.target_modules or module is head or _dims(module) != 2:
             continue
         out, inner = module.weight.shape
         if isinstance(module, torch.nn.Linear) and lora.kind == "xs":
+            if lora.rank > min(out, inner):
+                raise UserError(f"lora.rank={lora.rank} is more than {name} [{out}, {inner}] has; lora.kind=xs cuts it")
             initial[f"{name}.lora_R"] = torch.zeros(lora.rank, lora.rank, device=device)
         elif isinstance(module, torch.nn.Linear) and lora.kind == "full":
             initial[f"{name}.weight"] = torch.zeros(out, inner, device=device)
@@ -199,6 +201,10 @@ def initial_tensors(
             initial[f"{name}.lora_embedding_A"] = torch.zeros(lora.rank, out, device=device)
             initial[f"{name}.lora_embedding_B"] = torch.randn(inner, lora.rank, generator=generator, device=device)
     return initial
+
+
+def _dims(module: torch.nn.Module) -> int:
+    return getattr(getattr(module, "weight", None), "ndim", 0)
 
 
 def _singular_factors(folder: Path, lora: LoraSettings, initial: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -214,11 +220,16 @@ def _singular_factors(folder: Path, lora: LoraSettings, initial: dict[str, Tenso
                 module = name.removesuffix(".weight")
                 fixed[f"{module}.lora_A"] = (A * sign).contiguous()
                 fixed[f"{module}.lora_B"] = (B * sign.T).contiguous()
+    if missing := sorted(wanted - {f"{name.rpartition('.')[0]}.weight" for name in fixed}):
+        raise UserError(
+            f"{folder}: no tensor of the weight files is named {missing[0]}; lora.kind=xs needs weights stored "
+            "by the names of the model's modules"
+        )
     return fixed
 
 
-def hash_root(folder: Path, lora: LoraSettings, initial: dict[str, Tensor]) -> str:
-    """SHA-256 of decision 3."""
+def hash_root(folder: Path, lora: LoraSettings, initial: dict[str, Tensor], fixed: dict[str, Tensor]) -> str:
+    """SHA-256 of decision 3; A and B of LoRA-XS too, which another machine's singular values may turn."""
     tokenizer = load_tokenizer(str(folder))
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     for runtime_state in ("truncation", "padding"):
@@ -250,6 +261,8 @@ def hash_root(folder: Path, lora: LoraSettings, initial: dict[str, Tensor]) -> s
         raise UserError(f"the weights in {folder} are damaged: {error}; download the model again") from error
     for name in sorted(initial):
         _add_tensor(digest, f"initial.{name}", initial[name])
+    for name in sorted(fixed):
+        _add_tensor(digest, f"fixed.{name}", fixed[name])
     return digest.hexdigest()
 
 

@@ -20,8 +20,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gt_ray.errors import UserError
-from gt_ray.pairs.models import EMBEDDED_PREFIX, resolve, weight_files
+from gt_ray.pairs.models import EMBEDDED_PREFIX, resolve
 from gt_ray.pairs.root import Root
+from gt_ray.updates.model_folders import read_model, write_model
 
 FORMAT = "gt-ray-update/1"
 PEFT_PREFIX = "base_model.model."
@@ -101,7 +102,7 @@ def write_adapter(folder: Path, update_Ld: Tensor, root: Root, card: str = "") -
     _check_finite(update_Ld, str(folder))
     delta = root.layout.to_tensors(update_Ld.float())
     if root.lora.kind == "full":
-        _write_model(folder, delta, root, card)
+        write_model(folder, delta, root, card)
         return
     tensors = _peft_tensors({name: initial + delta[name] for name, initial in root.initial.items()}, root)
     embedded = root.base_model.startswith(EMBEDDED_PREFIX)
@@ -140,64 +141,35 @@ def _peft_tensors(adapted: dict[str, Tensor], root: Root) -> dict[str, Tensor]:
     return found
 
 
-def _from_peft(tensors: dict[str, Tensor], root: Root) -> dict[str, Tensor]:
-    """Inverse of `_peft_tensors`, of names without PEFT's prefix."""
+def _from_peft(tensors: dict[str, Tensor], root: Root, folder: Path) -> dict[str, Tensor]:
+    """Inverse of `_peft_tensors`, of names without PEFT's prefix.
+
+    Raises:
+        UserError: LoRA that is none of this root's LoRA-XS.
+    """
     named = {name.removesuffix(".weight"): tensor for name, tensor in tensors.items()}
     if root.lora.kind != "xs":
         return named
     found = {}
     for name, tensor in named.items():
         module, _, part = name.rpartition(".")
-        if part == "lora_B" and name in root.fixed and tensor.shape == root.fixed[name].shape:
-            found[f"{module}.lora_R"] = torch.linalg.lstsq(root.fixed[name], tensor.float()).solution
-        elif part != "lora_A" or name not in root.fixed:
-            found[name] = tensor
+        fixed = root.fixed.get(name)
+        if fixed is None or fixed.shape != tensor.shape:
+            found[name] = tensor  # the layout says what is wrong with it
+            continue
+        if part == "lora_A":
+            rest, whole = tensor.float() - fixed, fixed
+        else:
+            found[f"{module}.lora_R"] = torch.linalg.lstsq(fixed, tensor.float()).solution
+            rest, whole = fixed @ found[f"{module}.lora_R"] - tensor.float(), tensor.float()
+        if rest.norm() > 1e-3 * whole.norm():
+            raise UserError(f"{folder}: {name} is not spanned by the singular vectors of root {root.hash[:8]}")
     return found
 
 
 def _peft_suffix(part: str) -> str:
     """Embeddings' adapters are parameters in PEFT, others modules."""
     return "" if part.startswith("lora_embedding") else ".weight"
-
-
-def _write_model(folder: Path, delta: dict[str, Tensor], root: Root, card: str) -> None:
-    """The base model's folder with its weights plus `delta`."""
-    base = resolve(root.base_model)
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(base, partial)
-        for path in weight_files(base):
-            tensors, metadata = read_tensors(path)
-            changed = {
-                name: tensor.float() + delta[name] if name in delta else tensor  # 16 bit would round it off
-                for name, tensor in tensors.items()
-            }
-            write_atomically(partial / path.name, save(changed, {**metadata, "root": root.hash}))
-        if card:
-            write_atomically(partial / "README.md", card.encode())
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"could not write {folder}: {error}; free some space and run it again") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _read_model(folder: Path, root: Root) -> Tensor:
-    """Inverse of `_write_model`.
-
-    Raises:
-        UserError: no model folder of this root.
-    """
-    delta: dict[str, Tensor] = {}
-    for path in weight_files(resolve(root.base_model)):
-        base, _ = read_tensors(path)
-        tensors, metadata = read_tensors(folder / path.name)
-        if metadata.get("root") != root.hash:
-            raise UserError(f"{folder} is of root {metadata.get('root')}, not of {root.hash} ({root.base_model})")
-        delta |= {name: tensors[name].float() - base[name].float() for name in root.initial if name in base}
-    return _one_update(delta, root, folder)
 
 
 def read_adapter(folder: Path, root: Root) -> Tensor:
@@ -207,7 +179,7 @@ def read_adapter(folder: Path, root: Root) -> Tensor:
         UserError: no adapter, or one of another root, rank, alpha, target modules or base model.
     """
     if root.lora.kind == "full":
-        return _read_model(folder, root)
+        return _one_update(read_model(folder, root), root, folder)
     config_file = folder / ADAPTER_CONFIG
     config = read_adapter_config(folder)
     tensors, metadata = read_tensors(folder / ADAPTER_WEIGHTS)
@@ -232,7 +204,7 @@ def read_adapter(folder: Path, root: Root) -> Tensor:
         )
     if wrong := [name for name in tensors if not name.startswith(PEFT_PREFIX)]:
         raise UserError(f"{folder}: tensor {wrong[0]} is not part of a PEFT adapter; is it an update file?")
-    named = _from_peft({name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}, root)
+    named = _from_peft({name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}, root, folder)
     update_Ld = _one_update(named, root, folder) - root.layout.to_array(root.initial)
     _check_finite(update_Ld, str(folder))
     return update_Ld

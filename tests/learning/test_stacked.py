@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gt_ray.config import LoraSettings, ModelSettings
@@ -80,7 +81,7 @@ def test_every_group_is_what_its_folder_is_for_others_and_survives_files(lora: L
         write_adapter(folder, update_GLd[g], root)
         assert torch.allclose(read_adapter(folder, root), update_GLd[g], atol=1e-4)
         if lora.kind == "full":
-            worn = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            worn = AutoModelForCausalLM.from_pretrained(folder)
         else:
             worn = PeftModel.from_pretrained(load_model(settings), str(folder))
         with torch.no_grad():
@@ -133,3 +134,22 @@ def _plain_lora(
         model.get_submodule(module).weight += scaling * adapter[f"{module}.lora_B"] @ adapter[f"{module}.lora_A"]
     logits: torch.Tensor = model(ids).logits
     return logits
+
+
+def test_lora_that_is_none_of_a_roots_xs_is_refused(tmp_path: Path) -> None:
+    targets = ("q_proj", "k_proj")
+    plain, xs = (
+        make_root(ModelSettings(model="embedded:tinylm", lora=LoraSettings(kind=kind, target_modules=targets)))  # type: ignore[arg-type]
+        for kind in ("lora", "xs")
+    )
+    write_adapter(tmp_path / "a", torch.randn(plain.layout.L, plain.layout.d), plain)
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")  # of an unknown root now
+    with pytest.raises(UserError, match="is not spanned by the singular vectors"):
+        read_adapter(tmp_path / "a", xs)
+    for name, one in tensors.items():
+        module, part = name.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
+        tensors[name] = xs.fixed[f"{module}.lora_A"] if part == "lora_A" else torch.randn_like(one)
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"lora_B is not spanned"):
+        read_adapter(tmp_path / "a", xs)

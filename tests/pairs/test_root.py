@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import gt_ray.pairs.root
-from gt_ray.config import ModelSettings
+from gt_ray.config import LoraSettings, ModelSettings
 from gt_ray.errors import UserError
 from gt_ray.pairs.root import Root, initial_adapter, make_root
 
@@ -288,3 +288,31 @@ def test_a_cache_that_cannot_be_written_is_an_error(folder: Path, tmp_path: Path
     (tmp_path / "roots").write_text("a file where a folder should be")
     with pytest.raises(UserError, match=r"could not write .*roots"):
         make_root(settings(folder), tmp_path / "roots")
+
+
+def test_kinds_of_adapters_never_share_a_hash_and_xs_hashes_its_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [LoraSettings.model_validate({"kind": kind}) for kind in ("lora", "xs", "full")]
+    roots = [make_root(ModelSettings(model="embedded:tinylm", lora=lora)) for lora in kinds]
+    assert len({root.hash for root in roots}) == 3
+    svd = torch.linalg.svd
+
+    def turned(*args: Any, **kwargs: Any) -> Any:
+        U, S, Vt = svd(*args, **kwargs)
+        return U, S * (1 + 1e-6), Vt
+
+    monkeypatch.setattr(torch.linalg, "svd", turned)
+    assert make_root(ModelSettings(model="embedded:tinylm", lora=kinds[1])).hash != roots[1].hash
+
+
+def test_modules_that_no_kind_can_adapt_are_errors(folder: Path) -> None:
+    for lora, error in (
+        ({"target_modules": ["input_layernorm"]}, "no module that lora.kind=lora adapts"),
+        ({"kind": "full", "target_modules": ["norm"]}, "no module that lora.kind=full adapts"),
+        ({"kind": "xs", "rank": 100}, r"lora.rank=100 is more than model\.layers\.0\.self_attn\.k_proj"),
+    ):
+        with pytest.raises(UserError, match=error):
+            make_root(ModelSettings.model_validate({"model": str(folder), "lora": lora}))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix("model."): one for name, one in tensors.items()}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"no tensor of the weight files is named model\.layers"):
+        make_root(ModelSettings.model_validate({"model": str(folder), "lora": {"kind": "xs"}}))
