@@ -58,7 +58,7 @@ def train(preset: Preset = "embedded", overrides: Overrides = None, quiet: Quiet
 
 
 @app.command(
-    epilog="Example: `gt-ray generate --preset embedded --update a.safetensors --update b.safetensors --out adapter`"
+    epilog="Example: `gt-ray generate --preset embedded --update a.safetensors --update b.safetensors --task drop`"
 )
 def generate(
     preset: Preset = "embedded",

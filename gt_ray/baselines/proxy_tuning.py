@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
 
+from gt_ray.config import PairSettings
+from gt_ray.errors import UserError
 from gt_ray.learning.stacked import add_updates, stacked
 from gt_ray.pairs.models import load_tokenizer
 from gt_ray.pairs.root import Root
@@ -27,6 +29,22 @@ def share_vocabulary(tinylm: str, llm: str) -> bool:
     """Whether two models' tokens are the same, which adding their logits needs."""
     vocabulary_S, vocabulary_T = (load_tokenizer(model).get_vocab() for model in (tinylm, llm))
     return bool(vocabulary_S == vocabulary_T)
+
+
+def require_shared_vocabulary(pair: PairSettings, key: str) -> None:
+    """Refuse what adds the logits of both models where their tokens differ.
+
+    Args:
+        key: the setting that asks for it.
+
+    Raises:
+        UserError: they differ.
+    """
+    if not share_vocabulary(pair.tinylm.model, pair.llm.model):
+        raise UserError(
+            f"{key} adds the logits of {pair.tinylm.model} and {pair.llm.model}, but their vocabularies differ; set it "
+            "to 0"
+        )
 
 
 class Proxy:

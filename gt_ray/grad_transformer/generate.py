@@ -15,6 +15,8 @@ from gt_ray.pairs.root import Root
 from gt_ray.updates.files import UpdateInfo, read_update, write_adapter
 from gt_ray.updates.pooling import Pooling, pool
 
+BEFORE = " Errors are those before refinement."
+
 
 def check_roots(model: GradTransformer, tinylm: Root, llm: Root) -> None:
     """Refuse a checkpoint that was trained for another pair.
@@ -90,5 +92,5 @@ model (pooling: {pooling}), without access to the clients' data.{refinement}
 
 Learning mechanism stated by the clients: {", ".join(mechanisms)}. Client rows: {sum(info.samples for info in infos)}.
 
-{estimate.text if estimate else "Nothing is known of the error of this adapter."}
+{estimate.text if estimate else "Nothing is known of the error of this adapter."}{BEFORE if refined else ""}
 """

@@ -12,6 +12,7 @@ block a coordinate belongs to. Each group of a layout has its own W_S, W_T, W_ou
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,6 +195,14 @@ class GradTransformer(nn.Module):
         """LLM updates [N, L_T, d_T] from S updates [N, L_S, d_S] (Eq. 2)."""
         generated: Tensor = self.standard_T.inverse(self.generate_standardised(update_S_NLd))
         return generated
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights, certainty included."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write weights and config; `load` needs nothing else."""

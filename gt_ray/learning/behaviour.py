@@ -48,7 +48,10 @@ class Behaviour:
         if proxy:
             self.proxy_losses = TargetLosses(*proxy)
             if not (self.losses.plain_head and self.proxy_losses.plain_head):
-                raise UserError("this pair's logits are more than an LM head's output; set behaviour.teacher=0")
+                raise UserError(
+                    "this pair's logits are more than an LM head's output, which proxy-tuning cannot teach; set "
+                    "behaviour.teacher=0 and refinement.steps=0"
+                )
 
     def __call__(
         self,

@@ -14,17 +14,21 @@ import torch
 from torch import Tensor
 
 from gt_ray.config import RefinementSettings
-from gt_ray.grad_transformer.certainty import Estimate
 from gt_ray.learning.behaviour import Behaviour
 from gt_ray.learning.samples import Sample
 
 
-def proxy_share(estimate: Estimate | None, settings: RefinementSettings) -> float:
+def proxy_share(distance: float | None, largest: float, settings: RefinementSettings) -> float:
     """Share of proxy-tuning in a client's teacher: `near` up to the usual distance from the shadows, `far` from the
-    largest distance of a validation shadow on, linear between them; `far` where the distance is not known."""
-    if estimate is None:
+    largest distance of a validation shadow on, linear between them.
+
+    Args:
+        distance: of the client, 1 is usual; none where it is not known: `far`.
+        largest: of a validation shadow.
+    """
+    if distance is None:
         return settings.far
-    way = max(0.0, estimate.distance - 1) / max(estimate.range - 1, 1e-6)
+    way = max(0.0, distance - 1) / max(largest - 1, 1e-6)
     return settings.near + (settings.far - settings.near) * min(1.0, way)
 
 

@@ -27,7 +27,7 @@ from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.learning.refinement import proxy_share
 from gt_ray.progress import say
 from gt_ray.tasks.data import Client
-from gt_ray.training.refinement import Generated, refine_all
+from gt_ray.training.refinement import Generated, are_refined, refine_all
 from gt_ray.training.run import LINEAR, load_trained, models, train
 from gt_ray.updates.files import UpdateInfo, read_adapter, read_update, write_atomically, write_update
 from gt_ray.updates.pooling import Pooling
@@ -111,7 +111,8 @@ def generate_files(
         study = Study.load(config)
 
         def refine(update_S_Ld: Tensor, update_Ld: Tensor) -> Tensor:
-            return refine_all(study, [_generated(study, model, task, update_S_Ld, update_Ld)])[0]
+            share = _proxy_share(study, model, update_S_Ld)
+            return refine_all(study, [Generated(task, model.fingerprint(), update_Ld, update_S_Ld, share)])[0]
 
     roots = load_roots(config)
     estimate = generate_adapter(model, roots["tinylm"], roots["llm"], updates, out, pooling, refine)
@@ -152,18 +153,26 @@ def evaluate_stage(study: Study) -> dict[str, Any]:
 
 def finished_updates(study: Study, model: GradTransformer) -> dict[str, Tensor]:
     """By client, the update that a model makes of its: generated, and refined where the study says so."""
-    found = {}
-    for client, job in zip(study.data.clients, study.client_jobs("tinylm"), strict=True):
-        update_S_Ld = study.store.read(job.key)[0][-1]
-        found[client.name] = _generated(study, model, client.task, update_S_Ld, model.generate(update_S_Ld[None])[0])
+    found = generated_updates(study, model)
     if not study.config.grad_transformer.refinement.steps:
         return {name: one.update_Ld for name, one in found.items()}
     return dict(zip(found, refine_all(study, list(found.values())), strict=True))
 
 
-def _generated(study: Study, model: GradTransformer, task: str, update_S_Ld: Tensor, update_Ld: Tensor) -> Generated:
-    share = proxy_share(model.estimate(update_S_Ld), study.config.grad_transformer.refinement)
-    return Generated(task, update_Ld, update_S_Ld, share)
+def generated_updates(study: Study, model: GradTransformer) -> dict[str, Generated]:
+    """By client, the update that a model generates from its."""
+    found, generator = {}, model.fingerprint()
+    for client, job in zip(study.data.clients, study.client_jobs("tinylm"), strict=True):
+        update_S_Ld = study.store.read(job.key)[0][-1]
+        share = _proxy_share(study, model, update_S_Ld)
+        update_Ld = model.generate(update_S_Ld[None])[0]
+        found[client.name] = Generated(client.task, generator, update_Ld, update_S_Ld, share)
+    return found
+
+
+def _proxy_share(study: Study, model: GradTransformer, update_S_Ld: Tensor) -> float:
+    estimate, settings = model.estimate(update_S_Ld), study.config.grad_transformer.refinement
+    return proxy_share(estimate.distance if estimate else None, estimate.range if estimate else 1.0, settings)
 
 
 def certainty(study: Study, model: GradTransformer) -> dict[str, dict[str, Any]]:
@@ -186,6 +195,9 @@ def _check_adapters(study: Study, model: GradTransformer) -> None:
         UserError: an earlier stage has not run, or has run with other settings.
     """
     run = study.config.run_folder
+    refines = study.config.grad_transformer.refinement.steps > 0
+    if refines and not are_refined(study, list(generated_updates(study, model).values())):
+        raise UserError(f"the adapters in {run / 'adapters'} are not refined as this study says; run generate again")
     for name, expected_Ld in finished_updates(study, model).items():
         folder = run / "adapters" / name
         adapter_Ld = read_adapter(folder, study.roots["llm"])

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gt_ray.baselines.proxy_tuning import require_shared_vocabulary
 from gt_ray.cluster import connect
 from gt_ray.curation.jobs import model_settings
 from gt_ray.curation.planner import gpus_of_an_actor
 from gt_ray.curation.study import Study
-from gt_ray.learning.memory import Parts
+from gt_ray.errors import UserError
+from gt_ray.learning.memory import Parts, is_out_of_memory
 from gt_ray.learning.refinement import refine
 from gt_ray.progress import bar
+from gt_ray.tasks.data import fingerprint
 from gt_ray.training.behaviour import load_behaviour
 from gt_ray.updates.store import unit_key
 from gt_ray.updates.unit import UnitMeta
 
 SPLIT = "public-train"
+VERSION = 2
+"""Of what refinement does; results of another one are not taken from the store."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +36,12 @@ class Generated:
 
     Attributes:
         task: whose public rows are the prompts.
+        generator: fingerprint of the Grad-Transformer.
         share: of proxy-tuning in its teacher.
     """
 
     task: str
+    generator: str
     update_Ld: Tensor
     update_S_Ld: Tensor
     share: float
@@ -43,19 +51,20 @@ def refine_all(study: Study, wanted: Sequence[Generated]) -> list[Tensor]:
     """The refined updates [L, d] in the order of `wanted`; those that the store has are not computed again.
 
     Raises:
-        UserError: the models fit no GPU of the cluster.
+        UserError: the models have different vocabularies, or fit no GPU of the cluster.
     """
     settings = study.config.grad_transformer.refinement
-    made_by = [_made_by(study, one) for one in wanted]
+    require_shared_vocabulary(study.config.pair, f"refinement.steps={settings.steps}")
+    made_by = _made_by(study, wanted)
     keys = [unit_key(content) for content in made_by]
     missing = [i for i, key in enumerate(keys) if not study.store.is_complete(key)]
     if missing:
         ray = connect()
-        num_gpus = gpus_of_an_actor(model_settings(study.config, "llm"), ray.cluster_resources())
+        num_gpus, room = _room(study, ray.cluster_resources())
         kind = ray.remote(num_cpus=0 if num_gpus else 1, num_gpus=num_gpus, max_restarts=3, max_task_retries=3)(_Actor)
         shared = ray.put(study)
         groups = [missing[first : first + settings.adapters] for first in range(0, len(missing), settings.adapters)]
-        actors = [kind.remote(shared) for _ in range(min(settings.workers, len(groups)))]
+        actors = [kind.remote(shared) for _ in range(min(settings.workers, room, len(groups)))]
         pool = ray.util.ActorPool(actors)
         try:
             for group in groups:
@@ -73,16 +82,53 @@ def refine_all(study: Study, wanted: Sequence[Generated]) -> list[Tensor]:
     return [study.store.read(key)[0][-1] for key in keys]
 
 
-def _made_by(study: Study, one: Generated) -> dict[str, Any]:
-    """All that a refined update depends on."""
-    settings = study.config.grad_transformer.refinement.model_dump(
-        mode="json", include={"steps", "rows", "learning_rate"}
-    )
-    digests = [hashlib.sha256(array.numpy().tobytes()).hexdigest() for array in (one.update_Ld, one.update_S_Ld)]
-    data = study.config.data.model_dump(mode="json")
-    roots = {side: root.hash for side, root in study.roots.items()}
-    content = {"task": one.task, "updates": digests, "share": round(one.share, 4), "data": data, "roots": roots}
-    return {"refinement": settings, "seed": study.config.seed, **content}
+def are_refined(study: Study, wanted: Sequence[Generated]) -> bool:
+    """Whether the store has all of the refined updates."""
+    return all(study.store.is_complete(unit_key(content)) for content in _made_by(study, wanted))
+
+
+def _room(study: Study, resources: Mapping[str, float]) -> tuple[float, int]:
+    """GPUs of an actor, and how many actors the cluster has room for: a pool waits for ever for one that has none."""
+    num_gpus = gpus_of_an_actor(model_settings(study.config, "llm"), resources)
+    room = int(resources["GPU"] / num_gpus + 1e-6) if num_gpus else int(resources.get("CPU", 1))
+    if not room:
+        raise UserError(
+            f"refinement needs actors of {num_gpus:g} GPUs, but this Ray cluster has {resources['GPU']:g}; lower "
+            "pair.llm.num_gpus, or set refinement.steps=0"
+        )
+    return num_gpus, room
+
+
+def _made_by(study: Study, wanted: Sequence[Generated]) -> list[dict[str, Any]]:
+    """All that refined updates depend on. What was generated is named by what it was generated from: its own bits may
+    differ from machine to machine."""
+    refinement = study.config.grad_transformer.refinement.model_dump(mode="json", exclude={"adapters", "workers"})
+    common = {
+        "refinement": refinement,
+        "version": VERSION,
+        "roots": {side: root.hash for side, root in study.roots.items()},
+        "dtypes": {side: model_settings(study.config, side).dtype for side in study.roots},
+    }
+    prompts = {
+        task: fingerprint(task, study.data.rows(task, SPLIT, _positions(study, task)))
+        for task in {one.task for one in wanted}
+    }
+    return [
+        {
+            **common,
+            "generator": one.generator,
+            "update_S": hashlib.sha256(one.update_S_Ld.numpy().tobytes()).hexdigest(),
+            "prompts": prompts[one.task],
+        }
+        for one in wanted
+    ]
+
+
+def _positions(study: Study, task: str) -> list[int]:
+    """Rows for all steps, of every domain that public rows have; the same for every client of a task."""
+    settings = study.config.grad_transformer.refinement
+    rng = random.Random(f"refinement/{task}/{study.config.seed}")
+    return rng.choices(study.data.positions(task, SPLIT), k=settings.steps * settings.rows)
 
 
 class _Actor:
@@ -111,17 +157,20 @@ class _Actor:
                 settings,
             )
 
-        return group, torch.cat(self.parts(len(wanted), work)).numpy()
+        try:
+            return group, torch.cat(self.parts(len(wanted), work)).numpy()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"one adapter on refinement.rows={settings.rows} rows does not fit into memory; lower refinement.rows, "
+                "or set pair.llm.gradient_checkpointing=true"
+            ) from error
 
     def _samples(self, task: str) -> list[Any]:
-        """Rows for all steps, of every domain that public rows have; the same for every client of a task."""
-        import random
-
         from gt_ray.learning.samples import encode
         from gt_ray.tasks import TASKS
 
-        settings, data = self.study.config.grad_transformer.refinement, self.study.data
-        rng = random.Random(f"refinement/{task}/{self.study.config.seed}")
-        positions = rng.choices(data.positions(task, SPLIT), k=settings.steps * settings.rows)
+        rows = self.study.data.rows(task, SPLIT, _positions(self.study, task))
         length = model_settings(self.study.config, "llm").fine_tune.max_length
-        return encode(self.tokenizer, TASKS[task], data.rows(task, SPLIT, positions), length, f"public rows of {task}")
+        return encode(self.tokenizer, TASKS[task], rows, length, f"public rows of {task}")

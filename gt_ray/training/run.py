@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gt_ray.baselines.proxy_tuning import share_vocabulary
+from gt_ray.baselines.proxy_tuning import require_shared_vocabulary
 from gt_ray.cluster import connect
 from gt_ray.config import GradTransformerSettings, TrainingSettings
 from gt_ray.curation.study import Study
@@ -176,17 +176,13 @@ def _check(study: Study, training: TrainingSettings) -> None:
     for key, size in sizes.items():
         if size % training.workers:
             raise UserError(f"training.{key}={size} does not divide among {training.workers} workers")
-    pair = study.config.pair
     taught = {
         "training.behaviour.teacher": training.behaviour.teacher if training.behaviour.steps else 0,
         "refinement.steps": study.config.grad_transformer.refinement.steps,
     }
     for key, value in taught.items():
-        if value and not share_vocabulary(pair.tinylm.model, pair.llm.model):
-            raise UserError(
-                f"{key}={value} adds the logits of {pair.tinylm.model} and {pair.llm.model}, but their vocabularies "
-                "differ; set it to 0"
-            )
+        if value:
+            require_shared_vocabulary(study.config.pair, f"{key}={value}")
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from gt_ray.config import ModelSettings, RefinementSettings
-from gt_ray.grad_transformer.certainty import Estimate
 from gt_ray.learning.behaviour import Behaviour
 from gt_ray.learning.refinement import proxy_share, refine
 from gt_ray.learning.samples import Sample, encode
@@ -89,6 +88,6 @@ def test_an_update_that_teaches_itself_stays_what_it_is(behaviour: Behaviour, gr
 
 def test_the_share_of_proxy_tuning_grows_with_the_distance() -> None:
     settings = RefinementSettings(near=0.5, far=0.8)
-    shares = [proxy_share(Estimate(d, 2.0, None, None), settings) for d in (0.3, 1.0, 1.5, 2.0, 9.0)]
+    shares = [proxy_share(d, 2.0, settings) for d in (0.3, 1.0, 1.5, 2.0, 9.0)]
     assert shares == pytest.approx([0.5, 0.5, 0.65, 0.8, 0.8])
-    assert proxy_share(None, settings) == 0.8
+    assert proxy_share(None, 1.0, settings) == 0.8
