@@ -19,39 +19,39 @@ COLUMNS = 65_536
 
 
 class LinearPath(nn.Module):
-    """Standardised inputs [N, L_S, d_S] to standardised outputs [N, L_T, d_T].
+    """Standardised parameters of S updates [N, P] to those of T updates [N, Q].
 
     Args:
         rank: R.
     """
 
-    def __init__(self, shape_S: tuple[int, int], shape_T: tuple[int, int], rank: int) -> None:
+    def __init__(self, P: int, Q: int, rank: int) -> None:
         super().__init__()
-        self.shape_T, self.rank = shape_T, rank
-        self.down = nn.Parameter(torch.zeros(shape_S[0] * shape_S[1], rank))
-        self.up = nn.Parameter(torch.zeros(rank, shape_T[0] * shape_T[1]))
-        self.bias = nn.Parameter(torch.zeros(shape_T[0] * shape_T[1]))
+        self.rank = rank
+        self.down = nn.Parameter(torch.zeros(P, rank))
+        self.up = nn.Parameter(torch.zeros(rank, Q))
+        self.bias = nn.Parameter(torch.zeros(Q))
 
-    def forward(self, z_S_NLd: Tensor) -> Tensor:
-        """The linear prediction."""
-        y_NQ: Tensor = z_S_NLd.flatten(1) @ self.down @ self.up + self.bias
-        return y_NQ.view(-1, *self.shape_T)
+    def forward(self, z_S_NP: Tensor) -> Tensor:
+        """The linear prediction [N, Q]."""
+        y_NQ: Tensor = z_S_NP @ self.down @ self.up + self.bias
+        return y_NQ
 
     @torch.no_grad()
-    def fit(self, z_S_KLd: Tensor, z_T_KLd: Tensor, validation: tuple[Tensor, Tensor]) -> float:
+    def fit(self, z_S_KP: Tensor, y_KQ: Tensor, validation: tuple[Tensor, Tensor]) -> float:
         """Start as ridge regression on K shadows; returns the penalty, chosen by the validation shadows.
 
         Args:
             validation: standardised S and T updates of the validation shadows.
         """
-        x_KP, y_KQ = z_S_KLd.flatten(1).double(), z_T_KLd.flatten(1)
+        x_KP = z_S_KP.double()
         mean_x = x_KP.mean(0)
         left_KR, scale_R, right_RP = torch.linalg.svd(x_KP - mean_x, full_matrices=False)
         total, R = float(scale_R.square().sum()), self.rank
         unit = max(1e-12, total / len(x_KP) / 100)
         left_KR, scale_R, right_RP = left_KR[:, :R], scale_R[:R], right_RP[:R]
-        held_out_VR = (validation[0].flatten(1).double() - mean_x) @ right_RP.T
-        target_VQ = validation[1].flatten(1)
+        held_out_VR = (validation[0].double() - mean_x) @ right_RP.T
+        target_VQ = validation[1]
 
         def solve(columns: slice, penalty: float) -> tuple[Tensor, Tensor]:
             part_KQ = y_KQ[:, columns].double()

@@ -111,9 +111,9 @@ class GradTransformer(nn.Module):
             self.embed_T = BlockEmbedding(layout_T, D)
             self.start = nn.Parameter(torch.randn(D) * D**-0.5)
             self.out = BlockOutput(layout_T, D)
-        shapes = (layout_S.L, layout_S.d), (layout_T.L, layout_T.d)
-        self.linear = LinearPath(*shapes, linear_rank) if linear_rank else None
-        self.certainty = Certainty(*shadows, layout_S.L * layout_S.d) if all(shadows) else None
+        P, Q = len(layout_S.places), len(layout_T.places)
+        self.linear = LinearPath(P, Q, linear_rank) if linear_rank else None
+        self.certainty = Certainty(*shadows, P) if all(shadows) else None
 
     def _standardised_S(self, update_S_NLd: Tensor) -> Tensor:
         z_NLd: Tensor = self.standard_S(update_S_NLd).clamp(-self.input_clip, self.input_clip)
@@ -129,23 +129,26 @@ class GradTransformer(nn.Module):
         """What the linear path says [N, L_T, d_T]."""
         if self.linear is None:
             return z_S_NLd.new_zeros(len(z_S_NLd), self.layout_T.L, self.layout_T.d)
-        prediction: Tensor = self.linear(z_S_NLd)
-        return prediction
+        return self.layout_T.padded(self.linear(self.layout_S.flat(z_S_NLd)))
 
     def fit_linear(self, training: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor]) -> None:
         """Start the linear path as ridge regression on the shadows' (S, T) updates [K, L, d]."""
         assert self.linear is not None
-        standard = [(self._standardised_S(S), self.standard_T(T)) for S, T in (training, validation)]
+        standard = [
+            (self.layout_S.flat(self._standardised_S(S)), self.layout_T.flat(self.standard_T(T)))
+            for S, T in (training, validation)
+        ]
         self.linear.fit(*standard[0], standard[1])
 
     def fit_certainty(self, training_KLd: Tensor, validation_VLd: Tensor) -> None:
         """Remember the shadows' S updates."""
         assert self.certainty is not None
-        self.certainty.fit(*(self.standard_S(update).flatten(1) for update in (training_KLd, validation_VLd)))
+        known = (self.layout_S.flat(self.standard_S(update)) for update in (training_KLd, validation_VLd))
+        self.certainty.fit(*known)
 
     def estimate(self, update_S_Ld: Tensor) -> Estimate | None:
         """What is known of the update that is generated from this one; nothing where no shadows are known."""
-        return self.certainty(self.standard_S(update_S_Ld).flatten()) if self.certainty else None
+        return self.certainty(self.layout_S.flat(self.standard_S(update_S_Ld))) if self.certainty else None
 
     def forward(self, update_S_NLd: Tensor, update_T_NLd: Tensor | None = None) -> Tensor:
         """Standardised prediction [N, L_T, d_T]: by teacher forcing, each T block from the true blocks before it, or

@@ -101,6 +101,24 @@ class Layout:
                 start += param.size
         return slices
 
+    @cached_property
+    def places(self) -> Tensor:
+        """Where parameters stand in a flattened array [P]; P < L * d where blocks differ in width."""
+        return torch.cat([torch.arange(row * self.d + s.start, row * self.d + s.stop) for row, s in self.module_slices])
+
+    def flat(self, array: Tensor) -> Tensor:
+        """The parameters alone [..., P] of an array [..., L, d]: the padding of an embedding beside attention would be
+        many times their size."""
+        whole = array.flatten(-2)
+        return whole if len(self.places) == whole.shape[-1] else whole[..., self.places.to(whole.device)]
+
+    def padded(self, flat: Tensor) -> Tensor:
+        """Inverse of `flat`."""
+        if len(self.places) < self.L * self.d:
+            whole = flat.new_zeros(*flat.shape[:-1], self.L * self.d)
+            flat = whole.index_copy(-1, self.places.to(flat.device), flat)
+        return flat.view(*flat.shape[:-1], self.L, self.d)
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the parameters."""

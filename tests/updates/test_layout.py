@@ -167,3 +167,17 @@ def test_an_array_that_does_not_fit_is_an_error(shape: tuple[int, ...]) -> None:
 def test_no_parameters_are_an_error() -> None:
     with pytest.raises(UserError, match="no parameters to lay out; do the LoRA target modules exist"):
         Layout.of({})
+
+
+def test_parameters_alone_are_those_of_the_array_without_its_padding() -> None:
+    uneven = Layout.of({"embed.weight": (3, 5), "layers.0.self_attn.q.weight": (2, 2), "layers.0.mlp.up.weight": (7,)})
+    tensors = {name: 1 + torch.rand(4, *shape) for name, shape in uneven.shapes.items()}
+    array = uneven.to_array(tensors)
+    flat = uneven.flat(array)
+    assert flat.shape == (4, 15 + 4 + 7) and array.shape == (4, 3, 15)
+    by_hand = [tensors[param.name].flatten(1) for block in uneven.blocks for param in block.params]
+    assert torch.equal(flat, torch.cat(by_hand, 1))
+    assert torch.equal(uneven.padded(flat), array) and torch.equal(uneven.padded(flat[0]), array[0])
+    even = Layout.of({"layers.0.q.weight": (2, 2), "layers.1.q.weight": (2, 2)})
+    assert torch.equal(even.flat(array[..., :2, :4]), array[..., :2, :4].flatten(-2))
+    assert torch.equal(even.padded(even.flat(array[..., :2, :4])), array[..., :2, :4])
