@@ -69,10 +69,11 @@ def score(study: Study, work: Sequence[tuple[System, Client]]) -> list[ClientSco
     if not missing:
         say(f"evaluate: nothing to do, all {len(work)} scores are in {out}")
     else:
-        engine, settings = engine_of(study.config.evaluation), study.config.evaluation
-        say(f"evaluate: {len(missing)} of {len(work)} (system, client) pairs to score, by {engine}")
+        settings = study.config.evaluation
+        engines = " and ".join(sorted({_engine(study, item.system) for item in missing.values()}))
+        say(f"evaluate: {len(missing)} of {len(work)} (system, client) pairs to score, by {engines}")
         with bar("evaluate", len(missing)) as progress:
-            for kind in _kinds(study, engine):
+            for kind in _kinds(study):
                 mine = [item for item in missing.values() if _is_of(item.system, kind, study)]
                 if mine:
                     with EnginePool(kind, min(settings.workers, len(mine))) as pool:
@@ -88,11 +89,15 @@ def score(study: Study, work: Sequence[tuple[System, Client]]) -> list[ClientSco
     return results
 
 
-def _kinds(study: Study, engine: Literal["vllm", "transformers"]) -> list[EngineKind]:
-    """One model after the other, the large one first, and the LLM with the TinyLM as its proxy.
+def _engine(study: Study, system: System) -> Literal["vllm", "transformers"]:
+    """Two models a token, full weights, and adapters of embeddings (which vLLM serves for few models) are scored by
+    transformers, whatever the config says."""
+    plain = system.proxy_Ld is None and study.roots[system.side].is_plain_lora
+    return engine_of(study.config.evaluation) if plain else "transformers"
 
-    Adapters of embeddings and full weights are scored by transformers: vLLM serves neither.
-    """
+
+def _kinds(study: Study) -> list[EngineKind]:
+    """One model after the other, the large one first, and the LLM with the TinyLM as its proxy."""
     settings, roots = study.config.evaluation, study.roots
     models = {side: model_settings(study.config, side) for side in SIDES}
     kinds = [
@@ -100,7 +105,7 @@ def _kinds(study: Study, engine: Literal["vllm", "transformers"]) -> list[Engine
             models[side],
             roots[side],
             settings,
-            engine if roots[side].is_plain_lora else "transformers",
+            _engine(study, System("", side)),
             roots[side].lora.rank,
             roots[side].lora.target_modules,
         )
@@ -164,9 +169,8 @@ def _made_of(study: Study, side: Side, update_Ld: Tensor | None) -> dict[str, st
 def _item(study: Study, system: System, client: Client) -> Item:
     rows = study.data.rows(client.task, "test", client.test)
     settings = study.config.evaluation
-    engine = engine_of(settings)
     made_of: dict[str, Any] = _made_of(study, system.side, system.update_Ld)
     if system.proxy_Ld is not None:
-        engine, made_of["proxy"] = "transformers", _made_of(study, "tinylm", system.proxy_Ld)
-    key = item_key(settings, engine, made_of, client.task, rows)
+        made_of["proxy"] = _made_of(study, "tinylm", system.proxy_Ld)
+    key = item_key(settings, _engine(study, system), made_of, client.task, rows)
     return Item(key, system, client.task, rows, {"client": client.name, "domain": client.domain, "side": system.side})
