@@ -109,6 +109,8 @@ def _job(
         "snapshot_steps": snapshot_steps,
         **content,
     }
+    if len(root.layout.group_widths) > 1:
+        made_by["layout"] = root.layout.to_json()  # how blocks of several groups are cut is no part of the root
     if held_out:
         made_by["held_out"] = fingerprint(rows.task, data.rows(rows.task, HELD_OUT, held_out))
     key = unit_key(made_by)

@@ -181,3 +181,9 @@ def test_mixtures_and_unseen_domains_hold_out_rows_too(tiny_pair: Pair) -> None:
         assert len(set(job.held_out)) == 4
     held_out = study.data.rows(jobs[0].task, "public-validation", jobs[0].held_out)
     assert {row["domain"] for row in held_out} <= set(study.shadows[mixed].domain.split("+"))
+
+
+def test_how_several_groups_are_cut_into_blocks_is_part_of_the_key(study: Study, tiny_pair: Pair) -> None:
+    assert "layout" not in study.shadow("tinylm").made_by
+    several = Study(tiny_pair, "pair.tinylm.lora.target_modules=[q_proj, up_proj]").shadow("tinylm")
+    assert '"model.layers.0.mlp"' in str(several.made_by["layout"])
