@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -343,6 +343,9 @@ class Config(Section):
         (), description="overrides of each cell of `gt-ray study`, separated by spaces, where it is given none"
     )
     pair: PairSettings
+    further_pairs: tuple[PairSettings, ...] = Field(
+        (), description="pairs that train one phi together with this study's; clients and scores are of `pair` alone"
+    )
     data: DataSettings = DataSettings()
     curation: CurationSettings = CurationSettings()
     grad_transformer: GradTransformerSettings = GradTransformerSettings()
@@ -351,20 +354,29 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        for name, model in (("tinylm", self.pair.tinylm), ("llm", self.pair.llm)):
-            needed = self.curation.snapshot_steps[0] + 1
-            if model.fine_tune.last_steps < needed:
-                key = "stop.decay_steps" if model.fine_tune.stop.when == "plateau" else "steps"
-                raise ValueError(
-                    f"pair.{name}.fine_tune.{key}={model.fine_tune.last_steps} is fewer than the {needed} steps that "
-                    f"the snapshots (curation.snapshots, snapshot_spacing, recipe) reach back"
-                )
+        needed = self.curation.snapshot_steps[0] + 1
+        places = ["pair", *(f"further_pairs.{i}" for i in range(len(self.further_pairs)))]
+        for i, (place, pair) in enumerate(zip(places, self.pairs, strict=True)):
+            for name, model in (("tinylm", pair.tinylm), ("llm", pair.llm)):
+                if model.fine_tune.last_steps < needed:
+                    key = "stop.decay_steps" if model.fine_tune.stop.when == "plateau" else "steps"
+                    raise ValueError(
+                        f"{place}.{name}.fine_tune.{key}={model.fine_tune.last_steps} is fewer than the {needed} steps "
+                        f"that the snapshots (curation.snapshots, snapshot_spacing, recipe) reach back"
+                    )
+            if pair in self.pairs[:i]:
+                raise ValueError(f"{place} is the same as {places[self.pairs.index(pair)]}; name each pair once")
         domains = {"unseen_mixture", "unseen_composition"} & set(self.clients.populations)
         if domains and self.data.source != "embedded":
             raise ValueError(f"clients.populations={sorted(domains)} needs rows with domains (data.source=embedded)")
         if "unseen_composition" in domains and not self.data.unseen_domains:
             raise ValueError("clients.populations=unseen_composition needs data.unseen_domains of 1 or more")
         return self
+
+    @property
+    def pairs(self) -> tuple[PairSettings, ...]:
+        """The study's own pair, then the further ones."""
+        return (self.pair, *self.further_pairs)
 
     @property
     def run_folder(self) -> Path:
@@ -378,9 +390,10 @@ class Config(Section):
             folder = Path(model.model)
             return model.model_copy(update={"model": str(folder.resolve())}) if folder.is_dir() else model
 
-        pair = PairSettings(tinylm=local(self.pair.tinylm), llm=local(self.pair.llm))
+        pair, *further = (PairSettings(tinylm=local(one.tinylm), llm=local(one.llm)) for one in self.pairs)
         store = self.store if "://" in self.store else str(Path(self.store).resolve())
-        return self.model_copy(update={"runs": self.runs.resolve(), "store": store, "pair": pair})
+        places = {"runs": self.runs.resolve(), "store": store}
+        return self.model_copy(update={**places, "pair": pair, "further_pairs": tuple(further)})
 
     def to_yaml(self) -> str:
         """The full tree, loadable by `load_config`."""
@@ -460,7 +473,8 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        for part in (field.annotation, *get_args(field.annotation)):  # a section may be optional
+        parts = get_args(field.annotation) if get_origin(field.annotation) is not tuple else ()
+        for part in (field.annotation, *parts):  # a section may be optional; one of a list is reached by no override
             if isinstance(part, type) and issubclass(part, BaseModel):
                 keys += known_keys(part, f"{prefix}{name}.")
     return keys

@@ -155,13 +155,12 @@ def _gpu_bytes() -> int:
 
 
 def plan_rows(config: Config, gpu_bytes: int) -> list[dict[str, str]]:
-    """A line for each model: what curation needs with GPUs of a given size; for people."""
+    """A line for each model of all pairs: what curation needs with GPUs of a given size; for people."""
     rows = []
     curation = config.curation
-    for settings, units in (
-        (config.pair.tinylm, curation.shadows + curation.tinylm_shadows),
-        (config.pair.llm, curation.shadows),
-    ):
+    counts = {"tinylm": curation.shadows + curation.tinylm_shadows, "llm": curation.shadows}
+    models = dict.fromkeys((getattr(pair, side), n) for pair in config.pairs for side, n in counts.items())
+    for settings, units in models:
         found = needs(settings)
         L, d = found.update_shape
         snapshots = len(curation.snapshot_steps)

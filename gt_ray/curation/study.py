@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gt_ray.config import Config
 from gt_ray.curation.jobs import SIDES, FineTuneJob, Side, client_job, model_settings, public_job, shadow_job
 from gt_ray.curation.plan import Shadow, plan_shadows
+from gt_ray.errors import UserError
 from gt_ray.pairs.root import Root, make_root
 from gt_ray.tasks.data import TaskData, load_data
 from gt_ray.updates.store import UpdateStore
@@ -14,25 +15,44 @@ from gt_ray.updates.store import UpdateStore
 
 @dataclass(frozen=True)
 class Study:
-    """Config, rows, roots, shadows, store."""
+    """Config, rows, roots, shadows, store.
+
+    Attributes:
+        further: for each of `further_pairs` the same study of that pair alone, on the same rows and shadows.
+    """
 
     config: Config
     data: TaskData
     roots: dict[Side, Root]
     shadows: list[Shadow]
     store: UpdateStore
+    further: tuple[Study, ...] = ()
 
     @classmethod
     def load(cls, config: Config) -> Study:
         """Check all input before any work starts.
 
         Raises:
-            UserError: models, data or plan are not usable.
+            UserError: models, data or plan are not usable, or two pairs are of the same roots.
         """
         config = config.absolute()
-        roots = load_roots(config)
+        configs = [config.model_copy(update={"pair": pair, "further_pairs": ()}) for pair in config.pairs]
+        roots = [load_roots(one) for one in configs]
+        for i, one in enumerate(roots):
+            if _hashes(one) in map(_hashes, roots[:i]):
+                raise UserError(
+                    f"further_pairs.{i - 1}: another pair has the same roots, {' and '.join(_hashes(one))}; two pairs "
+                    "that train together differ in a model or in its lora or root_seed"
+                )
         data = load_data(config)
-        return cls(config, data, roots, plan_shadows(config, data), UpdateStore(config.store))
+        study = cls(config, data, roots[0], plan_shadows(config, data), UpdateStore(config.store))
+        further = zip(configs[1:], roots[1:], strict=True)
+        return replace(study, further=tuple(replace(study, config=one, roots=own) for one, own in further))
+
+    @property
+    def pairs(self) -> list[Study]:
+        """A study for each pair, in an order that does not depend on which pair is this study's own."""
+        return sorted([self, *self.further], key=lambda one: _hashes(one.roots))
 
     def shadow_jobs(self, side: Side) -> list[FineTuneJob]:
         """The fine-tunes of all shadows of one model, in the order of the shadows; the LLM has fewer of them."""
@@ -54,3 +74,7 @@ class Study:
 def load_roots(config: Config) -> dict[Side, Root]:
     """The pair's roots, cached beside the runs."""
     return {side: make_root(model_settings(config, side), config.runs / ".roots") for side in SIDES}
+
+
+def _hashes(roots: dict[Side, Root]) -> tuple[str, ...]:
+    return tuple(roots[side].hash for side in SIDES)

@@ -40,16 +40,20 @@ def prepare(config: Config) -> Study:
     """Check the input, open the run folder and save the config and the units' keys beside what they produce."""
     study = Study.load(config)
     run = config.run_folder
-    keys = {side: [job.key for job in study.shadow_jobs(side)] for side in study.roots}
+    keys = {
+        side: list(dict.fromkeys(job.key for one in study.pairs for job in one.shadow_jobs(side)))
+        for side in study.roots
+    }
     write_atomically(run / "config.yaml", config.to_yaml().encode())
     write_atomically(run / "units.json", json.dumps(keys).encode())
     return study
 
 
 def curate_stage(study: Study) -> None:
-    """Section 4.1: both models on every shadow."""
+    """Section 4.1: both models of every pair on every shadow; what two pairs need is there for the second."""
     with _timed(study, "curate"):
-        run_fine_tunes(study, [*study.shadow_jobs("llm"), *study.shadow_jobs("tinylm")], "curate")
+        for one in (study, *study.further):
+            run_fine_tunes(one, [*one.shadow_jobs("llm"), *one.shadow_jobs("tinylm")], "curate")
 
 
 def train_stage(study: Study) -> None:

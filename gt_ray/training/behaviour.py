@@ -96,27 +96,34 @@ class LlmActors:
         self.actors = actors
 
     @classmethod
-    def start(cls, study: Study, workers: int) -> LlmActors:
-        """Start actors, each on the GPUs that a fine-tune of the LLM takes.
+    def start(cls, studies: Sequence[Study], workers: int) -> list[LlmActors]:
+        """Start actors for each study's pair, each on the GPUs that a fine-tune of its LLM takes.
 
-        Without a GPU they work while the trainers wait for them, so they take no CPU of their own.
+        Pairs of one LLM share their actors, unless the TinyLM teaches. Without a GPU actors work while the trainers
+        wait for them, so they take no CPU of their own.
 
         Raises:
             UserError: the cluster has too few GPUs for them and the trainers.
         """
         ray = connect()
-        resources, training = ray.cluster_resources(), study.config.grad_transformer.training
-        num_gpus = gpus_of_an_actor(model_settings(study.config, "llm"), resources)
-        wanted = workers * num_gpus + training.workers * training.num_gpus
+        resources, training = ray.cluster_resources(), studies[0].config.grad_transformer.training
+        served = [one.config.pair if training.behaviour.teacher else one.config.pair.llm for one in studies]
+        kinds = dict(zip(served, studies, strict=True))
+        num_gpus = {kind: gpus_of_an_actor(model_settings(one.config, "llm"), resources) for kind, one in kinds.items()}
+        wanted = workers * sum(num_gpus.values()) + training.workers * training.num_gpus
         if wanted > resources.get("GPU", 0):
+            each = " and ".join(f"{number:g}" for number in num_gpus.values())
             raise UserError(
-                f"{workers} LLM actors of {num_gpus:g} GPUs and {training.workers} trainers of {training.num_gpus:g} "
+                f"{workers} LLM actors of {each} GPUs and {training.workers} trainers of {training.num_gpus:g} "
                 f"need {wanted:g} GPUs, but this Ray cluster has {resources.get('GPU', 0):g}; lower behaviour.workers, "
                 "training.num_gpus or pair.llm.num_gpus"
             )
-        kind = ray.remote(num_cpus=0, num_gpus=num_gpus, max_restarts=3, max_task_retries=3)(LlmActor)
-        shared = {"study": ray.put(study)}
-        return cls([kind.remote(shared) for _ in range(workers)])
+        started = {}
+        for kind, study in kinds.items():
+            actor = ray.remote(num_cpus=0, num_gpus=num_gpus[kind], max_restarts=3, max_task_retries=3)(LlmActor)
+            shared = {"study": ray.put(study)}
+            started[kind] = cls([actor.remote(shared) for _ in range(workers)])
+        return [started[kind] for kind in served]
 
     def __call__(
         self, update_GLd: Tensor, draws: Sequence[Draw], update_S_GLd: Tensor | None = None

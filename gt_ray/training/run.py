@@ -6,7 +6,7 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,26 +16,24 @@ import torch
 
 from gt_ray.baselines.proxy_tuning import require_shared_vocabulary
 from gt_ray.cluster import connect
-from gt_ray.config import GradTransformerSettings, TrainingSettings
+from gt_ray.config import GradTransformerSettings
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.network import GradTransformer, make_phi
 from gt_ray.progress import bar, say
 from gt_ray.training.behaviour import LlmActors
+from gt_ray.training.checkpoint import HISTORY, STATE, numbered
+from gt_ray.training.joint import alone, joint_key, pair_key, trained_together, training_key
 from gt_ray.training.tuples import (
-    UNITS_A_TASK,
-    epoch_rows,
     input_keys,
     last_updates,
-    load_input_batch,
     load_inputs,
-    load_tuples,
     shadow_keys,
     side_chunks,
+    streams,
 )
-from gt_ray.training.worker import HISTORY, STATE, train_worker
+from gt_ray.training.worker import train_worker
 from gt_ray.updates.files import write_atomically
-from gt_ray.updates.store import unit_key
 
 MODEL, LINEAR = "grad_transformer", "linear_behaviour"
 """Folders of a study's models: its Grad-Transformer, and the control that is the linear path alone."""
@@ -54,35 +52,58 @@ def models(study: Study) -> dict[str, GradTransformerSettings]:
 def train(study: Study, name: str = MODEL) -> Path:
     """Train one of the study's `models`; returns the folder of its best checkpoint.
 
-    A finished training is not repeated; an interrupted one goes on from its last checkpoint.
+    A finished training is not repeated; an interrupted one goes on from its last checkpoint. A training of several
+    pairs lies beside the runs (`.joint`) and belongs to all studies that name one another's pairs: whichever comes
+    first runs it, each copies the model of its own pair.
 
     Raises:
         UserError: curation has not run.
     """
     settings = models(study)[name]
-    _check(study, settings.training)
-    out = study.config.run_folder / name
-    keys = {validation: shadow_keys(study, validation) for validation in (False, True)}
-    needed = [row[side] for rows in keys.values() for row in rows for side in ("S", "T")]
-    needed += [row["S"] for row in input_keys(study)]
+    studies = trained_together(study, settings)
+    _check(study, settings, studies)
+    needed = [key for one in studies for key in _units(one)]
     if missing := study.store.missing(list(dict.fromkeys(needed))):
         raise UserError(
             f"{len(missing)} units are missing from {study.config.store}, such as {missing[0]}; curate first"
         )
-    trained_by = training_key(study, settings)
+    run, trained_by = study.config.run_folder, training_key(study, settings)
+    out = run / name
     if _finished(out, trained_by):
         say(f"train: nothing to do, {out} is trained")
-        return out
-    ray = connect()
+    elif len(studies) == 1:
+        _fit(studies, settings, run / "training", run / "events" / name, [out])
+    else:
+        home = study.config.runs / ".joint" / joint_key(studies, settings)[:12]
+        outs = [home / f"{MODEL}-{i}" for i in range(len(studies))]
+        shared = outs[next(i for i, one in enumerate(studies) if one is study)]
+        with alone(home):
+            if _finished(shared, trained_by):
+                say(f"train: nothing to do, {shared} is trained, together with other pairs")
+            else:
+                _fit(studies, settings, home, home / "events", outs)
+        _replace(out, lambda folder: shutil.copytree(shared, folder))
+        shutil.copytree(home / "events", run / "events" / name, dirs_exist_ok=True)
+    return out
+
+
+def _fit(
+    studies: Sequence[Study], settings: GradTransformerSettings, home: Path, events: Path, outs: Sequence[Path]
+) -> None:
+    """Run the training of the studies' pairs in the folder `home`; the best checkpoint's models go to `outs`."""
+    connect()
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    start = study.config.run_folder / "training" / f"start-{trained_by[:12]}"
-    if not (start / "config.json").is_file():
-        _initial_model(study, settings, keys).save(start)
+    study, P, key = studies[0], len(studies), joint_key(studies, settings)
+    keys = [{validation: shadow_keys(one, validation) for validation in (False, True)} for one in studies]
+    starts = [home / f"start-{pair_key(one, settings)[:12]}" for one in studies]
+    for one, start, of_pair in zip(studies, starts, keys, strict=True):
+        if not (start / "config.json").is_file():
+            _initial_model(one, settings, of_pair).save(start)
     training = settings.training
-    progress_file = (study.config.run_folder / "training" / "step").resolve()
-    n_tuples = len(keys[False]) * len(study.config.curation.snapshot_steps)
+    progress_file = (home / "step").resolve()
+    n_tuples = len(keys[0][False]) * len(study.config.curation.snapshot_steps)
     # Each worker gets an equal share of the tuples and drops what does not fill its last batch.
     each = training.batch_size // training.workers
     steps = (training.epochs * n_tuples // training.workers) // each
@@ -92,41 +113,33 @@ def train(study: Study, name: str = MODEL) -> Path:
         raise UserError(
             f"{n_tuples} tuples are fewer than one batch of {training.batch_size}; lower training.batch_size"
         )
-    total = steps + training.behaviour.steps
-    behaviour = f", {training.behaviour.steps} of them on behaviour" if training.behaviour.steps else ""
+    total = P * (steps + training.behaviour.steps)
+    behaviour = f", {P * training.behaviour.steps} of them on behaviour" if training.behaviour.steps else ""
     what = "the Grad-Transformer" if settings.phi else "the linear path alone"
-    say(f"train: {what}, {n_tuples} tuples, {training.epochs} epochs, {total} optimizer steps{behaviour}")
+    of_pairs = f" of {P} pairs, each" if P > 1 else ","
+    say(f"train: {what}{of_pairs} {n_tuples} tuples, {training.epochs} epochs, {total} optimizer steps{behaviour}")
     seed = training.seed + study.config.seed
-    rows = epoch_rows(keys[False], range(max(1, training.epochs)), seed)
-    load = partial(load_tuples, store=study.store, seed=seed)
-    streams = {
-        "train": ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // (8 * UNITS_A_TASK))).map_batches(
-            load, fn_kwargs={"last_only": False}, batch_size=UNITS_A_TASK, num_cpus=0.5
-        ),
-        "validation": ray.data.from_items(keys[True]).map_batches(load, fn_kwargs={"last_only": True}, num_cpus=0.5),
-    }
-    llm = None
-    if training.behaviour.steps:
-        streams["inputs"] = ray.data.from_items(input_keys(study)).map_batches(
-            load_input_batch, fn_kwargs={"store": study.store}, num_cpus=0.5
-        )
-        llm = LlmActors.start(study, training.behaviour.workers)
-    best_by = "validation_behaviour" if llm else "validation_generated"
+    data: dict[str, Any] = {}
+    for i, (one, of_pair) in enumerate(zip(studies, keys, strict=True)):
+        data |= {f"{name}-{i}": stream for name, stream in streams(one, of_pair, seed).items()}
+    llms = LlmActors.start(studies, training.behaviour.workers) if training.behaviour.steps else []
+    best_by = "validation_behaviour" if llms else "validation_generated"
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
-            "start": str(start.resolve()),
+            "starts": [str(start.resolve()) for start in starts],
             "training": training.model_dump(mode="json"),
             "seed": seed,
             "steps": total,
-            "llm": llm,
+            "llms": llms,
             "domains": [shadow.domain for shadow in study.shadows],
-            "checkpoint_steps": max(1, training.checkpoint_epochs * n_tuples // training.batch_size),
+            "checkpoint_steps": P * max(1, training.checkpoint_epochs * n_tuples // training.batch_size),
             "progress": str(progress_file),
-            "events": str((study.config.run_folder / "events" / name).resolve()),
+            "events": str(events.resolve()),
         },
-        datasets=streams,
-        dataset_config=DataConfig(datasets_to_split=["train"]),  # every worker has all of the other, smaller ones
+        datasets=data,
+        # Every worker has all of the other, smaller ones.
+        dataset_config=DataConfig(datasets_to_split=[f"train-{i}" for i in range(P)]),
         scaling_config=ScalingConfig(
             num_workers=training.workers,
             use_gpu=training.num_gpus > 0,
@@ -136,8 +149,8 @@ def train(study: Study, name: str = MODEL) -> Path:
             },
         ),
         run_config=RunConfig(
-            name=f"train-{trained_by[:12]}",
-            storage_path=str((study.config.run_folder / "training").resolve()),
+            name=f"train-{key[:12]}",
+            storage_path=str(home.resolve()),
             failure_config=FailureConfig(max_failures=3),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute=best_by, checkpoint_score_order="min"
@@ -150,39 +163,54 @@ def train(study: Study, name: str = MODEL) -> Path:
             result = trainer.fit()
     finally:
         signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own, which later stages would be deaf by
-        if llm:
+        for llm in set(llms):
             llm.close()
     best, metrics = min(result.best_checkpoints, key=lambda pair: pair[1][best_by])
-    partial_out = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial_out, ignore_errors=True)
     with best.as_directory() as folder:
-        shutil.copytree(Path(folder) / "model", partial_out)
-        shutil.copy(Path(folder) / HISTORY, partial_out / HISTORY)
-    write_atomically(partial_out / STATE, json.dumps({"trained_by": trained_by, "best": metrics}).encode())
-    shutil.rmtree(out, ignore_errors=True)
-    partial_out.rename(out)
+        for i, (one, out) in enumerate(zip(studies, outs, strict=True)):
+            state = {"trained_by": training_key(one, settings), "best": metrics}
+            _replace(out, partial(_export, Path(folder), i, state | ({"pair": i} if P > 1 else {})))
     say(
         f"train: best checkpoint at step {metrics['step']}, error of generated validation updates "
         f"{metrics['validation_generated']:.3f} of the mean update's"
     )
-    return out
 
 
-def _check(study: Study, training: TrainingSettings) -> None:
-    """Refuse what cannot be trained, before anything is."""
+def _export(checkpoint: Path, pair: int, state: dict[str, Any], folder: Path) -> None:
+    shutil.copytree(checkpoint / numbered("model", pair), folder)
+    shutil.copy(checkpoint / HISTORY, folder / HISTORY)
+    write_atomically(folder / STATE, json.dumps(state).encode())
+
+
+def _replace(out: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a folder, and put it in the place of `out`."""
+    partial_out = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial_out, ignore_errors=True)
+    write(partial_out)
+    shutil.rmtree(out, ignore_errors=True)
+    partial_out.rename(out)
+
+
+def _units(study: Study) -> list[str]:
+    """Keys of all units that a training of its pair reads."""
+    rows = [row for validation in (False, True) for row in shadow_keys(study, validation)]
+    return [row[side] for row in rows for side in ("S", "T")] + [row["S"] for row in input_keys(study)]
+
+
+def _check(study: Study, settings: GradTransformerSettings, studies: Sequence[Study]) -> None:
+    """Refuse what cannot be trained, or refined later, before anything is."""
+    training = settings.training
     sizes = {"batch_size": training.batch_size}
     if training.behaviour.steps:
         sizes["behaviour.adapters"] = training.behaviour.adapters
     for key, size in sizes.items():
         if size % training.workers:
             raise UserError(f"training.{key}={size} does not divide among {training.workers} workers")
-    taught = {
-        "training.behaviour.teacher": training.behaviour.teacher if training.behaviour.steps else 0,
-        "refinement.steps": study.config.grad_transformer.refinement.steps,
-    }
-    for key, value in taught.items():
+    teacher = training.behaviour.teacher if training.behaviour.steps else 0
+    taught = [("training.behaviour.teacher", teacher, one.config.pair) for one in studies]
+    for key, value, pair in [*taught, ("refinement.steps", settings.refinement.steps, study.config.pair)]:
         if value:
-            require_shared_vocabulary(study.config.pair, f"{key}={value}")
+            require_shared_vocabulary(pair, f"{key}={value}")
 
 
 @contextmanager
@@ -209,14 +237,6 @@ def _followed(progress_file: Path, total: int) -> Iterator[None]:
         finally:
             ended.set()
             thread.join()
-
-
-def training_key(study: Study, settings: GradTransformerSettings) -> str:
-    """Hash of all that a training depends on."""
-    units = [row for validation in (False, True) for row in shadow_keys(study, validation)]
-    units += input_keys(study)
-    trained = settings.model_dump(mode="json", exclude={"refinement"})
-    return unit_key({"settings": trained, "units": units, "seed": study.config.seed})
 
 
 def load_trained(study: Study, name: str = MODEL) -> GradTransformer:

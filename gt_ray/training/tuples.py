@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,26 @@ from gt_ray.updates.store import UpdateStore
 
 UNITS_A_TASK = 24
 """Shadows that one Ray Data task reads and shuffles; the window of the shuffle beyond the order of the plan."""
+
+
+@dataclass
+class Tuples:
+    """A batch: updates S [N, L_S, d_S] and T [N, L_T, d_T], and task and shadow [N] of each."""
+
+    S_NLd: Tensor
+    T_NLd: Tensor
+    task_N: Tensor
+    shadow_N: Tensor
+
+    @classmethod
+    def of(cls, batch: dict[str, Tensor]) -> Tuples:
+        """From the columns that `load_tuples` makes."""
+        return cls(batch["S"].float(), batch["T"].float(), batch["task"].cpu(), batch["shadow"].cpu())
+
+    def mixed(self, weights_MN: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixtures of these tuples."""
+        weights_MN = weights_MN.to(self.S_NLd.device)
+        return torch.einsum("mn,nld->mld", weights_MN, self.S_NLd), torch.einsum("mn,nld->mld", weights_MN, self.T_NLd)
 
 
 def shadow_keys(study: Study, validation: bool) -> list[dict[str, Any]]:
@@ -41,6 +63,30 @@ def input_keys(study: Study, validation: bool = False) -> list[dict[str, Any]]:
 def epoch_rows(keys: list[dict[str, Any]], epochs: range, seed: int) -> list[dict[str, Any]]:
     """The shadows of every epoch, in an order that depends on seed and epoch alone."""
     return [row for epoch in epochs for row in random.Random(f"{seed}/{epoch}").sample(keys, len(keys))]
+
+
+def streams(study: Study, keys: dict[bool, list[dict[str, Any]]], seed: int) -> dict[str, Any]:
+    """The Ray Data data sets of a pair: training and validation tuples, and for training on behaviour the inputs.
+
+    Args:
+        keys: of the training (False) and validation shadows.
+    """
+    import ray.data
+
+    training = study.config.grad_transformer.training
+    rows = epoch_rows(keys[False], range(max(1, training.epochs)), seed)
+    load = partial(load_tuples, store=study.store, seed=seed)
+    found = {
+        "train": ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // (8 * UNITS_A_TASK))).map_batches(
+            load, fn_kwargs={"last_only": False}, batch_size=UNITS_A_TASK, num_cpus=0.5
+        ),
+        "validation": ray.data.from_items(keys[True]).map_batches(load, fn_kwargs={"last_only": True}, num_cpus=0.5),
+    }
+    if training.behaviour.steps:
+        found["inputs"] = ray.data.from_items(input_keys(study)).map_batches(
+            load_input_batch, fn_kwargs={"store": study.store}, num_cpus=0.5
+        )
+    return found
 
 
 def load_tuples(batch: dict[str, Any], store: UpdateStore, last_only: bool, seed: int) -> dict[str, Any]:

@@ -1,0 +1,54 @@
+"""Which pairs train together, under which keys, and that one study at a time does it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from gt_ray.config import GradTransformerSettings
+from gt_ray.curation.study import Study
+from gt_ray.progress import say
+from gt_ray.training.tuples import input_keys, shadow_keys
+from gt_ray.updates.store import unit_key
+
+
+def trained_together(study: Study, settings: GradTransformerSettings) -> list[Study]:
+    """A study for each pair of a training, in the order of their turns; the linear path alone has nothing to share."""
+    return study.pairs if settings.phi is not None else [study]
+
+
+def pair_key(study: Study, settings: GradTransformerSettings) -> str:
+    """Hash of all that a training of the study's own pair depends on."""
+    units = [row for validation in (False, True) for row in shadow_keys(study, validation)]
+    units += input_keys(study)
+    trained = settings.model_dump(mode="json", exclude={"refinement"})
+    return unit_key({"settings": trained, "units": units, "seed": study.config.seed})
+
+
+def joint_key(studies: Sequence[Study], settings: GradTransformerSettings) -> str:
+    """Hash of all that a training of these studies' pairs depends on; of one pair its `pair_key`."""
+    keys = [pair_key(one, settings) for one in studies]
+    return keys[0] if len(keys) == 1 else unit_key({"pairs": keys})
+
+
+def training_key(study: Study, settings: GradTransformerSettings) -> str:
+    """Hash of all that the study's model depends on: its training, and which of the pairs is its own."""
+    studies = trained_together(study, settings)
+    key = joint_key(studies, settings)
+    return key if len(studies) == 1 else unit_key({"joint": key, "pair": pair_key(study, settings)})
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes that want the same training waiting; a killed one lets go."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"train: another study trains the same pairs in {folder}; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
