@@ -30,6 +30,8 @@ TYPICAL_TOKENS = 256
 """Tokens of a sample that estimates count with, where `max_length` is not less."""
 ACTIVATIONS = 34
 """Bytes that a layer keeps for its backward pass, for each token and unit of width, in 16 bit (arXiv 2205.05198)."""
+TRAINED = 20
+"""Bytes of a trained parameter: itself, its gradient, two moments and the step, in float32."""
 RESERVE = 0.1
 """Share of a GPU that libraries and fragments take."""
 LOOK_S = 120
@@ -43,7 +45,8 @@ class ModelNeeds:
 
     Attributes:
         weight_bytes: the frozen base model.
-        step_bytes: activations of an optimizer step of one adapter, by `batch_size` samples of typical length.
+        step_bytes: of an optimizer step of one adapter: activations of `batch_size` samples of typical length, and what
+            it trains.
         update_shape: [L, d] of an update.
     """
 
@@ -94,7 +97,8 @@ def needs(settings: ModelSettings, config: PretrainedConfig | None = None) -> Mo
     layers = text.num_hidden_layers
     activations = layers * kept + layer if settings.gradient_checkpointing else layers * layer
     layout = Layout.of({name: tuple(one.shape) for name, one in initial_tensors(model, settings.lora).items()})
-    return ModelNeeds(parameters, parameters * item, activations, (layout.L, layout.d))
+    trained = TRAINED * len(layout.places)
+    return ModelNeeds(parameters, parameters * item, activations + trained, (layout.L, layout.d))
 
 
 def _config_of(model: str) -> PretrainedConfig:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gt_ray.config import FineTuneSettings, ModelSettings
+from gt_ray.config import FineTuneSettings, LoraSettings, ModelSettings
 from gt_ray.curation import planner
 from gt_ray.curation.planner import ModelNeeds, gpus_of_an_actor, needs
 from gt_ray.errors import UserError
@@ -67,6 +67,13 @@ def test_checkpointing_takes_less_and_longer_samples_more() -> None:
     short = qwen("7B", fine_tune=FineTuneSettings(max_length=64))[1]
     assert short.step_bytes < plain.step_bytes / 3
     assert 1e9 < plain.step_bytes < 1e12
+
+
+def test_what_is_trained_counts() -> None:
+    linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    full = qwen("0.5B", lora=LoraSettings(kind="full", target_modules=linears))[1]
+    assert full.step_bytes > 20 * 0.35e9  # weights, gradients, two moments and a step of all but the embedding
+    assert full.gpu_share(80 * 10**9, ModelSettings(model="any")) >= 1 / 4
 
 
 def test_gpus_as_asked_for_or_none() -> None:
