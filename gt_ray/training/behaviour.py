@@ -17,6 +17,8 @@ from gt_ray.curation.planner import gpus_of_an_actor
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.learning.memory import Parts
+from gt_ray.learning.samples import Sample, encode
+from gt_ray.tasks import TASKS
 
 if TYPE_CHECKING:
     from gt_ray.learning.behaviour import Behaviour
@@ -43,7 +45,7 @@ def load_behaviour(study: Study, weight: float) -> Behaviour:
 
 
 class LlmActor:
-    """Keeps the LLM loaded; rows are encoded when they are first asked for."""
+    """Keeps the LLM loaded."""
 
     def __init__(self, shared: dict[str, Any]) -> None:
         import ray
@@ -55,7 +57,6 @@ class LlmActor:
         self.tokenizer = load_tokenizer(self.study.config.pair.llm.model)
         self.behaviour = load_behaviour(self.study, training.behaviour.teacher)
         self.parts = Parts(training.behaviour.adapters, self.behaviour.losses.device)
-        self.samples: dict[int, list[Any]] = {}
 
     def losses(self, update_GLd: Any, draws: list[Draw], update_S_GLd: Any) -> tuple[Any, Any]:
         """Loss [G] of each update on its rows, and gradients [G, L, d], as numpy arrays.
@@ -65,7 +66,7 @@ class LlmActor:
         Args:
             update_S_GLd: what the updates were generated from; none: the task's loss alone, without gradients.
         """
-        groups = [[(rows := self._rows(k))[row % len(rows)] for k, row in draw] for draw in draws]
+        groups = [[self._sample(k, row) for k, row in draw] for draw in draws]
         updates = torch.from_numpy(update_GLd.copy())
         inputs = None if update_S_GLd is None else torch.from_numpy(update_S_GLd.copy())
         parts = self.parts(
@@ -77,16 +78,12 @@ class LlmActor:
         gradients = [gradient_GLd for _, gradient_GLd in parts if gradient_GLd is not None]
         return torch.cat([loss_G for loss_G, _ in parts]).numpy(), torch.cat(gradients).numpy() if gradients else None
 
-    def _rows(self, k: int) -> list[Any]:
-        if k not in self.samples:
-            from gt_ray.learning.samples import encode
-            from gt_ray.tasks import TASKS
-
-            shadow = self.study.shadows[k]
-            rows = self.study.data.rows(shadow.task, shadow.split, shadow.positions)
-            length = model_settings(self.study.config, "llm").fine_tune.max_length
-            self.samples[k] = encode(self.tokenizer, TASKS[shadow.task], rows, length, f"shadow {k}")
-        return self.samples[k]
+    def _sample(self, k: int, row: int) -> Sample:
+        """A row of a shadow; all rows of all shadows would be gigabytes."""
+        shadow = self.study.shadows[k]
+        rows = self.study.data.rows(shadow.task, shadow.split, [shadow.positions[row % len(shadow.positions)]])
+        length = model_settings(self.study.config, "llm").fine_tune.max_length
+        return encode(self.tokenizer, TASKS[shadow.task], rows, length, f"shadow {k}")[0]
 
 
 class LlmActors:
