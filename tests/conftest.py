@@ -125,6 +125,12 @@ def tiny_config(pair: tuple[Path, Path], folder: Path, *overrides: str) -> Confi
     )
 
 
+def further_pair(config: Config, **of_llm: Any) -> str:
+    """An override that names one further pair, whose LLM differs from the config's in some settings."""
+    pair = config.pair.model_dump(mode="json")
+    return f"further_pairs={json.dumps([pair | {'llm': pair['llm'] | of_llm}])}"
+
+
 @pytest.fixture
 def tiny(tiny_pair: tuple[Path, Path], tmp_path: Path) -> Config:
     """A tiny study in a folder of its own."""

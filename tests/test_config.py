@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -230,3 +231,32 @@ def test_the_papers_recipe_is_plain_whatever_the_preset_says(tmp_path: Path) -> 
     assert load_config("embedded", ["grad_transformer.recipe=paper"]).grad_transformer.training.epochs == 30
     (tmp_path / "plain.yaml").write_text(plain.to_yaml())
     assert load_config(str(tmp_path / "plain.yaml")) == plain
+
+
+def test_further_pairs_are_checked_as_the_pair_is(tmp_path: Path) -> None:
+    pair = load_config("embedded").pair.model_dump(mode="json")
+    other = pair | {"llm": pair["llm"] | {"root_seed": 1}}
+    config = load_config("embedded", [f"further_pairs={json.dumps([other])}"])
+    assert [one.llm.root_seed for one in config.pairs] == [0, 1] and config.pairs[0] == config.pair
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(str(tmp_path / "config.yaml")) == config
+    for further, message in (
+        ([pair], r"further_pairs\.0 is the same as pair; name each pair once"),
+        ([other, other], r"further_pairs\.1 is the same as further_pairs\.0"),
+        ([other | {"tinylm": pair["tinylm"] | {"fine_tune": {"steps": 1}}}], r"further_pairs\.0\.tinylm\.fine_tune\.s"),
+        ([{"tinylm": pair["tinylm"]}], r"further_pairs\.0\.llm: Field required"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config("embedded", [f"further_pairs={json.dumps(further)}"])
+    with pytest.raises(UserError, match=r"unknown config key 'further_pairs\.llm\.root_seed'; did you mean 'pair\.llm"):
+        load_config("embedded", ["further_pairs.llm.root_seed=2"])
+
+
+def test_an_override_reaches_every_alias_of_a_model(tmp_path: Path) -> None:
+    file = tmp_path / "two.yaml"
+    file.write_text(
+        "pair: {tinylm: &small {model: a}, llm: {model: b}}\nfurther_pairs: [{tinylm: *small, llm: {model: c}}]\n"
+    )
+    config = load_config(str(file), ["pair.tinylm.root_seed=3", "pair.llm.root_seed=4"])
+    assert [one.tinylm.root_seed for one in config.pairs] == [3, 3]
+    assert [one.llm.root_seed for one in config.pairs] == [4, 0]

@@ -16,10 +16,21 @@ from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.pairs.models import load_model
-from gt_ray.studies.pipeline import evaluate_stage, generate_files, generate_stage, pipeline, update_file
+from gt_ray.studies.pipeline import (
+    curate_stage,
+    evaluate_stage,
+    generate_files,
+    generate_stage,
+    pipeline,
+    prepare,
+    train_stage,
+    update_file,
+)
 from gt_ray.studies.study import run_study
+from gt_ray.training.joint import joint_key
+from gt_ray.training.run import load_trained
 from gt_ray.updates.files import read_adapter, read_update
-from tests.conftest import TINY_OVERRIDES, tiny_config
+from tests.conftest import TINY_OVERRIDES, further_pair, tiny_config
 
 pytestmark = pytest.mark.ray
 
@@ -206,3 +217,41 @@ def test_a_study_over_seeds_sums_up_its_populations(
         assert average["ours"] == pytest.approx(sum(each) / 2)
         clients = {row["client"] for row in reports[0]["rows"] if row["population"] == population}
         assert clients == {f"{task}-{population}-0" for task in ("gsm8k", "samsum")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_pairs_train_once_for_both_of_their_studies(
+    tiny_pair: tuple[Path, Path], tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = ["linear_rank=4", *(f"training.behaviour.{key}" for key in ("steps=2", "adapters=2", "rows=2"))]
+    overrides = [f"grad_transformer.{override}" for override in recipe]
+    other_llm = further_pair(tiny_config(tiny_pair, tmp_path), lora={"rank": 3, "target_modules": ["q_proj", "v_proj"]})
+    config = tiny_config(tiny_pair, tmp_path, *overrides, other_llm, "name=first")
+    study = prepare(config)
+    curate_stage(study)
+    assert len(study.store.keys()) == 3 * config.curation.shadows  # the TinyLM's are of both pairs
+    curate_stage(study)
+    assert capsys.readouterr().err.count("curate: nothing to do") == 2
+    train_stage(study)
+    assert "the Grad-Transformer of 2 pairs" in capsys.readouterr().err
+    pairs = {"pair": config.further_pairs[0], "further_pairs": (config.pair,)}
+    second = prepare(config.model_copy(update={"name": "second", **pairs}))
+    curate_stage(second)
+    train_stage(second)
+    said = capsys.readouterr().err
+    assert "is trained, together with other pairs" in said and "the Grad-Transformer of 2" not in said
+    first_T, second_T = (load_trained(one).state_dict() for one in (study, second))
+    same = {name.split(".")[0] for name in first_T if torch.equal(first_T[name], second_T.get(name, torch.empty(0)))}
+    assert {"phi", "start", "embed_S"} <= same and not {"out", "linear"} & same
+    history = json.loads((study.config.run_folder / "grad_transformer" / "history.json").read_text())
+    assert {"validation_behaviour", "validation_behaviour_0", "validation_behaviour_1"} <= history[-1].keys()
+    for one in (study, second):
+        generate_stage(one)
+        for client in one.data.clients:
+            read_adapter(one.config.run_folder / "adapters" / client.name, one.roots["llm"])
+    # The linear path has nothing to share, so that control is of one pair, in the run folder.
+    assert {path.name for path in (config.runs / ".joint").iterdir()} == {
+        joint_key(study.pairs, config.grad_transformer)[:12]
+    }
+    assert load_trained(study, "linear_behaviour").phi is None

@@ -23,7 +23,7 @@ def test_each_phase_warms_up_and_decays_and_the_linear_path_rests_in_the_first()
     assert rates[0] < rates[1] and rates[19] < 1e-3 and rates[20] < rates[21] and rates[30] == 0
     resting = [learning_rate(step, 30, SETTINGS, linear=True) for step in range(31)]
     assert resting[:20] == [0] * 20 and resting[20:] == pytest.approx([2 * rate for rate in rates[20:]])
-    model = GradTransformer(LAYOUT_S, LAYOUT_T, make_phi(PHI), {}, linear_rank=2)
+    model = GradTransformer(LAYOUT_S, LAYOUT_T, make_phi(PHI), {"tinylm": "s", "llm": "t"}, linear_rank=2)
     optimizer, _ = optimizer_of(SeveralPairs([model]), 30, SETTINGS)
     assert [group["lr"] > 0 for group in optimizer.param_groups] == [True, False]
     assert len(optimizer.param_groups[1]["params"]) == 3

@@ -1,0 +1,139 @@
+"""Two trainers: their gradients are averaged, and one that dies in the behaviour phase is replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gt_ray.config import TrainingSettings
+from gt_ray.curation.study import Study
+from gt_ray.grad_transformer.network import GradTransformer, make_phi
+from gt_ray.grad_transformer.several import SeveralPairs
+from gt_ray.studies.pipeline import curate_stage
+from gt_ray.training.run import train
+from gt_ray.training.worker import averaged_of, optimizer_of
+from tests.conftest import further_pair, tiny_config
+from tests.grad_transformer.test_network import LAYOUT_S, LAYOUT_T, PHI
+
+SETTINGS = TrainingSettings.model_validate({"behaviour": {"steps": 4, "learning_rate": 1e-2, "average": 0.5}})
+
+
+def _data_parallel(rank: int, world: int, pairs: int, folder: Path) -> None:
+    """Steps of one of `world` trainers on its part of every batch; the first one saves what comes out."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    roots = [{"tinylm": "s", "llm": f"t{i}"} for i in range(pairs)]
+    model = SeveralPairs([GradTransformer(LAYOUT_S, LAYOUT_T, make_phi(PHI), one, linear_rank=2) for one in roots])
+    trained: Any = model
+    if world > 1:
+        dist.init_process_group("gloo", f"file://{folder / 'rendezvous'}", rank=rank, world_size=world)
+        trained = torch.nn.parallel.DistributedDataParallel(
+            model, broadcast_buffers=False, find_unused_parameters=model.some_rest
+        )
+    optimizer, schedule = optimizer_of(model, 4 * pairs, SETTINGS)
+    averaged = averaged_of(model, SETTINGS.behaviour)
+    for step in range(4 * pairs):
+        batch = torch.randn(4, LAYOUT_S.L, LAYOUT_S.d, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (trained(step % pairs, batch.chunk(world)[rank]) - 1).square().mean().backward()
+        others = [one for i, one in enumerate(model.pairs) if i != step % pairs]
+        assert all(parameter.grad is None for one in others for parameter in (*one.linear.parameters(),))  # type: ignore[union-attr]
+        optimizer.step()
+        schedule.step()
+        averaged.update_parameters(model)
+    if rank == 0:
+        torch.save(model.state_dict(), folder / f"weights-{world}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_two_trainers_do_what_one_does_with_the_whole_batch(pairs: int, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_data_parallel, (2, pairs, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    _data_parallel(0, 1, pairs, tmp_path)
+    one, two = (torch.load(tmp_path / f"weights-{world}") for world in (1, 2))
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, two[name], atol=1e-4), name
+
+
+@contextmanager
+def ray_of(setup: Callable[[], None] | None = None) -> Iterator[None]:
+    """Ray with room for two trainers and their data.
+
+    Args:
+        setup: what every worker process calls before it works.
+    """
+    import ray
+
+    environment = {"worker_process_setup_hook": setup} if setup else None
+    ray.init(num_cpus=4, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def deadly(folder: Path, at: int) -> Callable[[], None]:
+    """Trainers of which one is killed when it begins its behaviour step `at`, once; logs the steps of all."""
+
+    def setup() -> None:
+        from gt_ray.training import worker
+
+        behave, log = worker.behave, folder / f"steps-{os.getpid()}"
+
+        def logged(*args: Any) -> float:
+            with log.open("a") as file:
+                file.write("step\n")
+            if len(log.read_text().split()) == at:
+                try:
+                    (folder / "killed").mkdir()
+                except FileExistsError:
+                    pass
+                else:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return behave(*args)
+
+        worker.behave = logged
+
+    return setup
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_a_trainer_that_dies_in_the_behaviour_phase_changes_nothing(
+    pairs: int, tiny_pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    recipe = ["linear_rank=4", "phi.dropout=0.1", "training.workers=2", "training.learning_rate=1e-2"]
+    recipe += [f"training.behaviour.{key}" for key in ("steps=10", "adapters=2", "rows=2", "learning_rate=1e-2")]
+    overrides = [f"grad_transformer.{override}" for override in recipe]
+    if pairs == 2:
+        overrides.append(further_pair(tiny_config(tiny_pair, tmp_path), root_seed=1))
+    study = Study.load(tiny_config(tiny_pair, tmp_path, *overrides))
+    with ray_of():
+        curate_stage(study)
+        undisturbed = train(study)
+    # Checkpoints lie at the steps 6, 12, 18 and 22 of each pair; this is after the third.
+    with ray_of(deadly(tmp_path, at=8 * pairs)):
+        killed = train(Study.load(study.config.model_copy(update={"runs": tmp_path / "killed-runs"})))
+    assert (tmp_path / "killed").is_dir()
+    assert sorted(len(log.read_text().split()) for log in tmp_path.glob("steps-*"))[:2] == [4 * pairs] * 2
+    histories = [json.loads((out / "history.json").read_text()) for out in (undisturbed, killed)]
+    assert [entry["step"] for entry in histories[1]] == [pairs * step for step in (6, 12, 18, 22)]
+    for entry, other in zip(*histories, strict=True):
+        assert entry.items() - {("wall_s", entry["wall_s"])} == other.items() - {("wall_s", other["wall_s"])}
+    states = [GradTransformer.load(out).state_dict() for out in (undisturbed, killed)]
+    for name, tensor in states[0].items():
+        assert torch.allclose(tensor, states[1][name], rtol=1e-5, atol=1e-7, equal_nan=True), name
