@@ -344,7 +344,9 @@ class Config(Section):
     )
     pair: PairSettings
     further_pairs: tuple[PairSettings, ...] = Field(
-        (), description="pairs that train one phi together with this study's; clients and scores are of `pair` alone"
+        (),
+        description="pairs that train one phi together with this study's, which may be among them; clients and scores "
+        "are of `pair` alone",
     )
     data: DataSettings = DataSettings()
     curation: CurationSettings = CurationSettings()
@@ -356,7 +358,10 @@ class Config(Section):
     def _check(self) -> Config:
         needed = self.curation.snapshot_steps[0] + 1
         places = ["pair", *(f"further_pairs.{i}" for i in range(len(self.further_pairs)))]
-        for i, (place, pair) in enumerate(zip(places, self.pairs, strict=True)):
+        named = [self.pair, *self.further_pairs]
+        for i, (place, pair) in enumerate(zip(places, named, strict=True)):
+            if pair in named[1:i]:
+                raise ValueError(f"{place} is the same as {places[named.index(pair, 1)]}; name each pair once")
             for name, model in (("tinylm", pair.tinylm), ("llm", pair.llm)):
                 if model.fine_tune.last_steps < needed:
                     key = "stop.decay_steps" if model.fine_tune.stop.when == "plateau" else "steps"
@@ -364,8 +369,6 @@ class Config(Section):
                         f"{place}.{name}.fine_tune.{key}={model.fine_tune.last_steps} is fewer than the {needed} steps "
                         f"that the snapshots (curation.snapshots, snapshot_spacing, recipe) reach back"
                     )
-            if pair in self.pairs[:i]:
-                raise ValueError(f"{place} is the same as {places[self.pairs.index(pair)]}; name each pair once")
         domains = {"unseen_mixture", "unseen_composition"} & set(self.clients.populations)
         if domains and self.data.source != "embedded":
             raise ValueError(f"clients.populations={sorted(domains)} needs rows with domains (data.source=embedded)")
@@ -376,7 +379,7 @@ class Config(Section):
     @property
     def pairs(self) -> tuple[PairSettings, ...]:
         """The study's own pair, then the further ones."""
-        return (self.pair, *self.further_pairs)
+        return (self.pair, *(pair for pair in self.further_pairs if pair != self.pair))
 
     @property
     def run_folder(self) -> Path:

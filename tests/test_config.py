@@ -240,8 +240,10 @@ def test_further_pairs_are_checked_as_the_pair_is(tmp_path: Path) -> None:
     assert [one.llm.root_seed for one in config.pairs] == [0, 1] and config.pairs[0] == config.pair
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert load_config(str(tmp_path / "config.yaml")) == config
+    # A list of all pairs serves the studies of each of them.
+    both = load_config("embedded", [f"further_pairs={json.dumps([pair, other])}"])
+    assert both.pairs == config.pairs and len(both.absolute().further_pairs) == 1
     for further, message in (
-        ([pair], r"further_pairs\.0 is the same as pair; name each pair once"),
         ([other, other], r"further_pairs\.1 is the same as further_pairs\.0"),
         ([other | {"tinylm": pair["tinylm"] | {"fine_tune": {"steps": 1}}}], r"further_pairs\.0\.tinylm\.fine_tune\.s"),
         ([{"tinylm": pair["tinylm"]}], r"further_pairs\.0\.llm: Field required"),
@@ -260,3 +262,11 @@ def test_an_override_reaches_every_alias_of_a_model(tmp_path: Path) -> None:
     config = load_config(str(file), ["pair.tinylm.root_seed=3", "pair.llm.root_seed=4"])
     assert [one.tinylm.root_seed for one in config.pairs] == [3, 3]
     assert [one.llm.root_seed for one in config.pairs] == [4, 0]
+
+
+def test_the_pairs_of_a_study_of_several_are_the_same_in_each_of_its_joint_cells() -> None:
+    cells = load_config("embedded-pairs").cells
+    configs = [load_config("embedded-pairs", cell.split()) for cell in cells]
+    assert [len(config.pairs) for config in configs] == [1] * 4 + [4] * 4
+    models = [sorted((one.tinylm.model, one.llm.model) for one in config.pairs) for config in configs[4:]]
+    assert all(one == models[0] for one in models) and len(set(models[0])) == 4
