@@ -32,9 +32,13 @@ def joint_key(studies: Sequence[Study], settings: GradTransformerSettings) -> st
     return keys[0] if len(keys) == 1 else unit_key({"pairs": keys})
 
 
-def training_key(study: Study, settings: GradTransformerSettings) -> str:
-    """Hash of all that the study's model depends on: its training, and which of the pairs is its own."""
-    studies = trained_together(study, settings)
+def training_key(study: Study, settings: GradTransformerSettings, studies: Sequence[Study] | None = None) -> str:
+    """Hash of all that the study's model depends on: its training, and which of the pairs is its own.
+
+    Args:
+        studies: all that train together, where the study is one of `Study.further` and does not know the others.
+    """
+    studies = studies or trained_together(study, settings)
     key = joint_key(studies, settings)
     return key if len(studies) == 1 else unit_key({"joint": key, "pair": pair_key(study, settings)})
 

@@ -168,7 +168,7 @@ def _fit(
     best, metrics = min(result.best_checkpoints, key=lambda pair: pair[1][best_by])
     with best.as_directory() as folder:
         for i, (one, out) in enumerate(zip(studies, outs, strict=True)):
-            state = {"trained_by": training_key(one, settings), "best": metrics}
+            state = {"trained_by": training_key(one, settings, studies), "best": metrics}
             _replace(out, partial(_export, Path(folder), i, state | ({"pair": i} if P > 1 else {})))
     say(
         f"train: best checkpoint at step {metrics['step']}, error of generated validation updates "
