@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from gt_ray.config import FineTuneSettings, LoraSettings, ModelSettings
+from gt_ray.config import FineTuneSettings, LoraSettings, ModelSettings, load_config
 from gt_ray.curation import planner
-from gt_ray.curation.planner import ModelNeeds, gpus_of_an_actor, needs
+from gt_ray.curation.planner import ModelNeeds, gpus_of_an_actor, needs, plan_rows
 from gt_ray.errors import UserError
 
 # Parameters in billions, and L x d of DESIGN.md section 7, of the shapes of Qwen2.5-Instruct.
@@ -94,6 +95,13 @@ def test_a_config_is_enough_and_a_missing_one_is_an_error(tmp_path: Path) -> Non
     assert needs(ModelSettings(model=str(tmp_path))).parameters > 0
     with pytest.raises(UserError, match="nor to be had"):
         needs(ModelSettings(model=str(tmp_path / "nowhere")))
+
+
+def test_a_model_of_two_pairs_is_planned_once() -> None:
+    pair = load_config("embedded").pair.model_dump(mode="json")
+    further = [pair | {"llm": pair["llm"] | {"root_seed": 1}}]
+    rows = plan_rows(load_config("embedded", [f"further_pairs={json.dumps(further)}"]), 80 * 10**9)
+    assert [row["model"] for row in rows] == ["embedded:tinylm", "embedded:llm", "embedded:llm"]
 
 
 @pytest.mark.ray

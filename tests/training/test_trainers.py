@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,8 +47,8 @@ def _data_parallel(rank: int, world: int, pairs: int, folder: Path) -> None:
         batch = torch.randn(4, LAYOUT_S.L, LAYOUT_S.d, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         (trained(step % pairs, batch.chunk(world)[rank]) - 1).square().mean().backward()
-        others = [one for i, one in enumerate(model.pairs) if i != step % pairs]
-        assert all(parameter.grad is None for one in others for parameter in (*one.linear.parameters(),))  # type: ignore[union-attr]
+        resting = [one.linear for i, one in enumerate(model.pairs) if i != step % pairs and one.linear is not None]
+        assert all(parameter.grad is None for linear in resting for parameter in linear.parameters())
         optimizer.step()
         schedule.step()
         averaged.update_parameters(model)
@@ -101,6 +102,7 @@ def deadly(folder: Path, at: int) -> Callable[[], None]:
                 except FileExistsError:
                     pass
                 else:
+                    time.sleep(5)  # until the last checkpoint has been heard of
                     os.kill(os.getpid(), signal.SIGKILL)
             return behave(*args)
 
@@ -129,7 +131,8 @@ def test_a_trainer_that_dies_in_the_behaviour_phase_changes_nothing(
     with ray_of(deadly(tmp_path, at=8 * pairs)):
         killed = train(Study.load(study.config.model_copy(update={"runs": tmp_path / "killed-runs"})))
     assert (tmp_path / "killed").is_dir()
-    assert sorted(len(log.read_text().split()) for log in tmp_path.glob("steps-*"))[:2] == [4 * pairs] * 2
+    steps = sorted(len(log.read_text().split()) for log in tmp_path.glob("steps-*"))
+    assert steps == [4 * pairs, 4 * pairs, 8 * pairs, 8 * pairs]
     histories = [json.loads((out / "history.json").read_text()) for out in (undisturbed, killed)]
     assert [entry["step"] for entry in histories[1]] == [pairs * step for step in (6, 12, 18, 22)]
     for entry, other in zip(*histories, strict=True):
