@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from gt_ray.errors import require
@@ -30,3 +31,9 @@ def connect() -> Any:
     for name, level in (("ray.data", logging.CRITICAL), ("ray.train", logging.ERROR), ("ray.tune", logging.ERROR)):
         logging.getLogger(name).setLevel(level)
     return ray
+
+
+def room(num_cpus: float, num_gpus: float, resources: Mapping[str, float]) -> int:
+    """How many actors of so many CPUs and GPUs a cluster of these resources can hold."""
+    needs = {"CPU": num_cpus, "GPU": num_gpus}
+    return min(int(resources.get(name, 0) / number) for name, number in needs.items() if number)

@@ -47,9 +47,14 @@ def make_model_folder(folder: Path, hidden: int, layers: int, seed: int = 0, dty
         )
     )
     model.to(getattr(torch, dtype)).save_pretrained(folder)
+    copy_tokenizer(folder)
+    return folder
+
+
+def copy_tokenizer(folder: Path) -> None:
+    """The embedded models' tokenizer and chat template, for a model of another make."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(EMBEDDED / "tinylm" / name, folder / name)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gt_ray import cli
-from gt_ray.cluster import connect
+from gt_ray.cluster import connect, room
 from gt_ray.errors import UserError
 
 
@@ -27,3 +27,8 @@ def test_a_user_error_in_an_actor_ends_the_command_with_one_line_and_exit_2(
     capsys.readouterr()
     assert cli.run(work) == 2
     assert capsys.readouterr().err == "error: row 3 has 900 tokens; raise fine_tune.max_length\n"
+
+
+def test_the_scarcer_resource_says_how_many_actors_there_is_room_for() -> None:
+    assert room(1, 0, {"CPU": 3.0, "GPU": 1.0}) == 3 and room(0, 0.5, {"CPU": 1.0, "GPU": 2.0}) == 4
+    assert room(1, 0.25, {"CPU": 2.0, "GPU": 1.0}) == 2 and room(1, 2, {"CPU": 2.0}) == 0

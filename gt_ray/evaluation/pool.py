@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from gt_ray.cluster import connect
+from gt_ray.cluster import connect, room
 from gt_ray.config import EvaluationSettings, ModelSettings
 from gt_ray.errors import UserError
 from gt_ray.evaluation.results import RowScore
@@ -171,13 +171,13 @@ class EnginePool:
     def _room(self) -> int:
         """Engines that the cluster can hold."""
         total = self.ray.cluster_resources()
-        room = min(int(total.get(name.removeprefix("num_")[:-1].upper(), 0) / n) for name, n in self._needs.items())
-        if not room:
+        found = room(self._needs["num_cpus"], self._needs.get("num_gpus", 0), total)
+        if not found:
             raise UserError(
                 f"this Ray cluster has no room for an engine, which takes {self._needs} (evaluation.num_gpus): it has "
                 f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
             )
-        return room
+        return found
 
     def _start(self) -> _Engine:
         actor = self.ray.remote(**self._needs)(EngineActor).remote(self.kind)

@@ -53,26 +53,31 @@ class LinearPath(nn.Module):
         held_out_VR = (validation[0].double() - mean_x) @ right_RP.T
         target_VQ = validation[1]
 
-        def solve(columns: slice, penalty: float) -> tuple[Tensor, Tensor]:
+        def known(columns: slice) -> tuple[Tensor, Tensor]:
             part_KQ = y_KQ[:, columns].double()
             mean_Q = part_KQ.mean(0)
-            shrunk_R = scale_R / (scale_R.square() + penalty * unit)
-            return shrunk_R[:, None] * (left_KR.T @ (part_KQ - mean_Q)), mean_Q
+            return left_KR.T @ (part_KQ - mean_Q), mean_Q
+
+        def solve(known_RQ: Tensor, penalty: float) -> Tensor:
+            up_RQ: Tensor = (scale_R / (scale_R.square() + penalty * unit))[:, None] * known_RQ
+            return up_RQ
 
         # A part of the outputs at a time, for all of them in double precision would be gigabytes for a large LLM.
         parts = [slice(first, first + COLUMNS) for first in range(0, y_KQ.shape[1], COLUMNS)]
         errors = dict.fromkeys(PENALTIES, 0.0)
         for columns in parts:
+            known_RQ, mean_Q = known(columns)
             for penalty in PENALTIES:
-                up_RQ, mean_Q = solve(columns, penalty)
-                errors[penalty] += float((held_out_VR @ up_RQ + mean_Q - target_VQ[:, columns]).square().sum())
+                predicted_VQ = held_out_VR @ solve(known_RQ, penalty) + mean_Q
+                errors[penalty] += float((predicted_VQ - target_VQ[:, columns]).square().sum())
         best = min(PENALTIES, key=errors.__getitem__)
         r = len(scale_R)
         # Inputs of `up` have mean square 1 over all components, so that the optimizer's steps suit them.
         size = max(1e-12, total / len(x_KP) / r) ** 0.5
         self.down[:, :r] = (right_RP.T / size).float()
         for columns in parts:
-            up_RQ, mean_Q = solve(columns, best)
+            known_RQ, mean_Q = known(columns)
+            up_RQ = solve(known_RQ, best)
             self.up[:r, columns] = (up_RQ * size).float()
             self.bias[columns] = (mean_Q - mean_x @ right_RP.T @ up_RQ).float()
         return best

@@ -12,7 +12,6 @@ block a coordinate belongs to. Each group of a layout has its own W_S, W_T, W_ou
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from gt_ray.errors import UserError
 from gt_ray.grad_transformer.certainty import Certainty, Estimate
 from gt_ray.grad_transformer.linear import LinearPath
 from gt_ray.grad_transformer.standardise import Standardiser
+from gt_ray.pairs.root import checksum
 from gt_ray.updates.files import write_atomically
 from gt_ray.updates.layout import Layout
 
@@ -201,11 +201,7 @@ class GradTransformer(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights, certainty included."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return checksum({name: tensor.cpu() for name, tensor in self.state_dict().items()})
 
     def save(self, folder: Path) -> None:
         """Write weights and config; `load` needs nothing else."""

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,7 @@ class Root:
             "root": self.hash,
             "base_model": self.base_model,
             "lora": self.lora.model_dump_json(),
-            "sha256": _checksum(self.initial | self.fixed),
+            "sha256": checksum(self.initial | self.fixed),
         }
         parts = {"initial": self.initial, "fixed": self.fixed}
         tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
@@ -105,7 +106,7 @@ class Root:
                 for key in file.keys():  # noqa: SIM118
                     part, _, name = key.partition(".")
                     parts[part][name] = file.get_tensor(key)
-            if metadata["sha256"] != _checksum(parts["initial"] | parts["fixed"]):
+            if metadata["sha256"] != checksum(parts["initial"] | parts["fixed"]):
                 raise ValueError("checksum differs")
             lora = LoraSettings.model_validate_json(metadata["lora"])
             return cls(metadata["root"], metadata["base_model"], lora, **parts)
@@ -266,7 +267,8 @@ def hash_root(folder: Path, lora: LoraSettings, initial: dict[str, Tensor], fixe
     return digest.hexdigest()
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors on the CPU: names, dtypes, shapes, bytes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         _add_tensor(digest, name, tensors[name])

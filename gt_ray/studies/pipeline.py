@@ -77,7 +77,8 @@ def generate_stage(study: Study) -> None:
             info = UpdateInfo(fine_tune, meta.samples, mechanism)
             write_update(update_file(run, client), snapshots_JLd[-1], study.roots["tinylm"], info)
     with _timed(study, "generate"):
-        refined = finished_updates(study, model) if study.config.grad_transformer.refinement.steps else {}
+        refines = study.config.grad_transformer.refinement.steps > 0
+        refined = finished_updates(study, generated_updates(study, model)) if refines else {}
         for client in study.data.clients:
             generate_adapter(
                 model,
@@ -155,12 +156,11 @@ def evaluate_stage(study: Study) -> dict[str, Any]:
     return report
 
 
-def finished_updates(study: Study, model: GradTransformer) -> dict[str, Tensor]:
-    """By client, the update that a model makes of its: generated, and refined where the study says so."""
-    found = generated_updates(study, model)
+def finished_updates(study: Study, generated: dict[str, Generated]) -> dict[str, Tensor]:
+    """By client, what becomes of generated updates: refined where the study says so."""
     if not study.config.grad_transformer.refinement.steps:
-        return {name: one.update_Ld for name, one in found.items()}
-    return dict(zip(found, refine_all(study, list(found.values())), strict=True))
+        return {name: one.update_Ld for name, one in generated.items()}
+    return dict(zip(generated, refine_all(study, list(generated.values())), strict=True))
 
 
 def generated_updates(study: Study, model: GradTransformer) -> dict[str, Generated]:
@@ -198,11 +198,11 @@ def _check_adapters(study: Study, model: GradTransformer) -> None:
     Raises:
         UserError: an earlier stage has not run, or has run with other settings.
     """
-    run = study.config.run_folder
+    run, generated = study.config.run_folder, generated_updates(study, model)
     refines = study.config.grad_transformer.refinement.steps > 0
-    if refines and not are_refined(study, list(generated_updates(study, model).values())):
+    if refines and not are_refined(study, list(generated.values())):
         raise UserError(f"the adapters in {run / 'adapters'} are not refined as this study says; run generate again")
-    for name, expected_Ld in finished_updates(study, model).items():
+    for name, expected_Ld in finished_updates(study, generated).items():
         folder = run / "adapters" / name
         adapter_Ld = read_adapter(folder, study.roots["llm"])
         if not torch.allclose(adapter_Ld, expected_Ld, rtol=1e-3, atol=1e-4):
@@ -232,7 +232,9 @@ def systems(study: Study, model: GradTransformer) -> list[tuple[System, Client]]
     pair = study.config.pair
     refines = study.config.grad_transformer.refinement.steps > 0
     linear = load_trained(study, LINEAR) if LINEAR in models(study) else None
-    linear_refined = finished_updates(study, linear) if linear and refines else {}
+    of_linear = generated_updates(study, linear) if linear else {}
+    of_linear_refined = finished_updates(study, of_linear) if refines else {}
+    unrefined = generated_updates(study, model) if refines else {}
     proxy = "proxy_tuning" in study.config.evaluation.baselines
     if proxy and not share_vocabulary(pair.tinylm.model, pair.llm.model):
         say("evaluate: no proxy_tuning, for the models' vocabularies differ")
@@ -247,18 +249,18 @@ def systems(study: Study, model: GradTransformer) -> list[tuple[System, Client]]
             System("base_T", "llm"),
             System("ours", "llm", read_adapter(run / "adapters" / client.name, llm)),
         ]
-        if refines:
-            found.append(System("ours_unrefined", "llm", model.generate(update_S[None])[0]))
+        if unrefined:
+            found.append(System("ours_unrefined", "llm", unrefined[client.name].update_Ld))
         if proxy:
             found.append(System("proxy_tuning", proxy_Ld=update_S))
         if shadows:
             z_S_P = model.standard_S(update_S).flatten()
             found.append(System("public_sft", "llm", public[client.task]))
             found += [System(name, "llm", control(shadows, z_S_P, client.task)) for name, control in CONTROLS.items()]
-            if linear:
-                found.append(System(LINEAR, "llm", linear.generate(update_S[None])[0]))
-            if linear_refined:
-                found.append(System(f"{LINEAR}_refined", "llm", linear_refined[client.name]))
+            if of_linear:
+                found.append(System(LINEAR, "llm", of_linear[client.name].update_Ld))
+            if of_linear_refined:
+                found.append(System(f"{LINEAR}_refined", "llm", of_linear_refined[client.name]))
         work += [(system, client) for system in found]
     return work
 

@@ -17,6 +17,7 @@ from gt_ray.learning.engine import Engine, FineTuned, TrainingSet, _step_tokens,
 from gt_ray.learning.samples import Sample
 from gt_ray.pairs.models import load_model
 from gt_ray.pairs.root import Root, make_root
+from tests.conftest import copy_tokenizer
 
 QUICK = FineTuneSettings(steps=5, learning_rate=5e-3, batch_size=3, clip_norm=0.1)
 HUNDRED = FineTuneSettings(steps=100, learning_rate=1e-3, batch_size=4, clip_norm=0.1)
@@ -103,10 +104,8 @@ def test_a_group_equals_separate_runs_of_peft_over_100_steps(settings: ModelSett
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def _small(tiny_pair: tuple[Path, Path], folder: Path, model_type: str, **config: Any) -> ModelSettings:
+def _small(folder: Path, model_type: str, **config: Any) -> ModelSettings:
     """A model of another architecture with random weights and the embedded tokenizer."""
-    import shutil
-
     from transformers import AutoConfig, AutoModelForCausalLM
 
     common = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -114,8 +113,7 @@ def _small(tiny_pair: tuple[Path, Path], folder: Path, model_type: str, **config
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(common | config)))
     model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(tiny_pair[1] / name, folder / name)
+    copy_tokenizer(folder)
     return ModelSettings(model=str(folder), dtype="float32")
 
 
@@ -137,10 +135,9 @@ def test_other_architectures_and_any_linear_module(
     config: dict[str, Any],
     targets: tuple[str, ...],
     packs: bool,
-    tiny_pair: tuple[Path, Path],
     tmp_path: Path,
 ) -> None:
-    settings = _small(tiny_pair, tmp_path / "model", model_type, **config)
+    settings = _small(tmp_path / "model", model_type, **config)
     settings = settings.model_copy(update={"lora": LoraSettings(rank=3, alpha=5, target_modules=targets)})
     root, data = make_root(settings), sets(3)
     engine = Engine(load_model(settings), root, adapters_at_once=3)
@@ -169,21 +166,21 @@ def test_gradient_checkpointing_changes_nothing(settings: ModelSettings) -> None
         assert difference(other.snapshots_JLd, one.snapshots_JLd) < 1e-6
 
 
-def test_gradient_checkpointing_turns_no_dropout_on(tiny_pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_gradient_checkpointing_turns_no_dropout_on(tmp_path: Path) -> None:
     config = {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64, "dropout": 0.5}
-    settings = _small(tiny_pair, tmp_path / "model", "opt", **config)
+    settings = _small(tmp_path / "model", "opt", **config)
     root, data = make_root(settings), sets(1)
     (plain,) = run(Engine(load_model(settings), root, 1), data, QUICK)
     (again,) = run(Engine(load_model(settings), root, 1, gradient_checkpointing=True), data, QUICK)
     assert difference(again.snapshots_JLd, plain.snapshots_JLd) < 1e-6
 
 
-def test_gradient_checkpointing_keeps_fewer_activations(tiny_pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_gradient_checkpointing_keeps_fewer_activations(tmp_path: Path) -> None:
     """Of eight layers the inputs of all and the inside of one, which is computed again in the backward pass."""
     from gt_ray.learning.memory import training_bytes
     from gt_ray.learning.stacked import stacked
 
-    settings = _small(tiny_pair, tmp_path / "model", "llama", num_hidden_layers=8)
+    settings = _small(tmp_path / "model", "llama", num_hidden_layers=8)
     taken = []
     for checkpointing in (False, True):
         engine = Engine(load_model(settings), make_root(settings), 1, gradient_checkpointing=checkpointing)
@@ -212,11 +209,9 @@ def test_a_batch_in_pieces_gives_the_same_gradients(settings: ModelSettings) -> 
         assert difference(other.snapshots_JLd, one.snapshots_JLd) < 1e-5
 
 
-def test_a_diverging_adapter_is_reported_and_leaves_its_neighbours_alone(
-    tiny_pair: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_diverging_adapter_is_reported_and_leaves_its_neighbours_alone(tmp_path: Path) -> None:
     """A sample that poisons: a token whose embedding overflows."""
-    settings = _small(tiny_pair, tmp_path / "model", "llama")
+    settings = _small(tmp_path / "model", "llama")
     root, data, model = make_root(settings), sets(3), load_model(settings)
     poison = Sample([VOCABULARY + 1] * 3, [11])
     with torch.no_grad():

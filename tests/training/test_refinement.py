@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,9 +67,7 @@ def test_models_of_different_vocabularies_are_refused(
     from transformers import AutoTokenizer
 
     other = tmp_path / "other"
-    other.mkdir()
-    for path in tiny_pair[0].iterdir():
-        (other / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(tiny_pair[0], other)
     tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.add_tokens(["<another>"])
     tokenizer.save_pretrained(other)

@@ -49,6 +49,7 @@ def test_training_learns_resumes_and_is_not_repeated(
     assert "train: nothing to do" in capsys.readouterr().err
     # The same seed gives the same weights, dropout included.
     repeated = Study.load(study.config.model_copy(update={"name": "repeated"}))
+    assert study.config.grad_transformer.phi.dropout > 0
     _assert_equal(model, GradTransformer.load(train(repeated)))
     # Without the exported result, the training goes on from its last checkpoint, the end: the same weights again.
     (out / "model.safetensors").write_bytes(b"damaged")

@@ -14,6 +14,7 @@ from gt_ray.errors import UserError
 from gt_ray.pairs.models import EMBEDDED
 from gt_ray.pairs.root import Root, make_root
 from gt_ray.updates.model_folders import read_model, write_model
+from tests.conftest import copy_tokenizer
 
 FULL = LoraSettings(kind="full", target_modules=("q_proj", "down_proj"))
 
@@ -50,8 +51,7 @@ def test_a_small_update_of_a_16_bit_model_survives_loading_as_users_do(
 def test_shards_are_read_and_written(root: Root, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED / "tinylm")
     model.save_pretrained(tmp_path / "base", max_shard_size="100KB")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (tmp_path / "base" / name).write_bytes((EMBEDDED / "tinylm" / name).read_bytes())
+    copy_tokenizer(tmp_path / "base")
     sharded = make_root(ModelSettings(model=str(tmp_path / "base"), lora=FULL))
     assert sharded.hash == root.hash and len(list((tmp_path / "base").glob("*.safetensors"))) > 1
     delta = {name: torch.ones_like(one) for name, one in sharded.initial.items()}
