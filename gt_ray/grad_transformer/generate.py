@@ -12,8 +12,9 @@ from gt_ray.errors import UserError
 from gt_ray.grad_transformer.certainty import Estimate
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.pairs.root import Root
-from gt_ray.updates.files import UpdateInfo, read_update, write_adapter
+from gt_ray.updates.files import write_adapter
 from gt_ray.updates.pooling import Pooling, pool
+from gt_ray.updates.update_files import UpdateInfo, read_update
 
 BEFORE = " Errors are those before refinement."
 

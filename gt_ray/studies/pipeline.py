@@ -29,9 +29,10 @@ from gt_ray.progress import say
 from gt_ray.tasks.data import Client
 from gt_ray.training.refinement import Generated, are_refined, refine_all
 from gt_ray.training.run import LINEAR, load_trained, models, train
-from gt_ray.updates.files import UpdateInfo, read_adapter, read_update, write_atomically, write_update
+from gt_ray.updates.files import read_adapter, write_atomically
 from gt_ray.updates.pooling import Pooling
 from gt_ray.updates.store import unit_key
+from gt_ray.updates.update_files import UpdateInfo, read_update, write_update
 
 WALL = "wall.json"
 

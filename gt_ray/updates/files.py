@@ -1,7 +1,7 @@
-"""Update files (`gt-ray-update/1`, a difference) and adapter folders (PEFT, loadable).
+"""Adapter folders (PEFT, loadable), and files that are written whole or not at all.
 
-The two never mix: an update file names its tensors `delta.<module>...`, an adapter `base_model.model.<module>...`,
-and each reader refuses the other's.
+Adapters and update files (update_files.py) never mix: an adapter names its tensors `base_model.model.<module>...`, an
+update file `delta.<module>...`, and each reader refuses the other's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import json
 import shutil
 import uuid
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,71 +23,9 @@ from gt_ray.pairs.models import EMBEDDED_PREFIX, resolve
 from gt_ray.pairs.root import Root
 from gt_ray.updates.model_folders import read_model, write_model
 
-FORMAT = "gt-ray-update/1"
 PEFT_PREFIX = "base_model.model."
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-
-
-@dataclass(frozen=True)
-class UpdateInfo:
-    """What an update file says of itself.
-
-    Attributes:
-        fine_tune: steps, learning rate, batch size.
-        samples: private rows that it was made from.
-        mechanism: name; for differential privacy also epsilon, delta and how they were counted.
-    """
-
-    fine_tune: dict[str, Any]
-    samples: int
-    mechanism: dict[str, Any] = field(default_factory=lambda: {"name": "sft"})
-
-
-def write_update(path: Path, update_Ld: Tensor, root: Root, info: UpdateInfo) -> None:
-    """Write an update [L, d] as an update file."""
-    _check_finite(update_Ld, str(path))
-    layout = root.layout
-    tensors = {f"delta.{name}": tensor for name, tensor in layout.to_tensors(update_Ld).items()}
-    metadata = {
-        "format": FORMAT,
-        "root": root.hash,
-        "base_model": root.base_model,
-        "layout": layout.to_json(),
-        "fine_tune": json.dumps(info.fine_tune, sort_keys=True),
-        "samples": str(info.samples),
-        "mechanism": json.dumps(info.mechanism, sort_keys=True),
-    }
-    write_atomically(path, save(tensors, metadata))
-
-
-def read_update(path: Path, root: Root) -> tuple[Tensor, UpdateInfo]:
-    """Read an update file made from `root`: the update [L, d] float32 and what it says of itself.
-
-    Raises:
-        UserError: no update file, damaged, of another root, with other tensors, or with values that are not finite.
-    """
-    tensors, metadata = read_tensors(path)
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is not an update file ({FORMAT}); an adapter is not an update")
-    if metadata.get("root") != root.hash:
-        raise UserError(
-            f"{path} was made from root {metadata.get('root')} ({metadata.get('base_model')}), but this "
-            f"Grad-Transformer reads updates of root {root.hash} ({root.base_model}); fine-tune from that root"
-        )
-    if wrong := [name for name in tensors if not name.startswith("delta.")]:
-        raise UserError(f"{path}: tensor {wrong[0]} is not part of an update")
-    update_Ld = _one_update({name.removeprefix("delta."): tensor for name, tensor in tensors.items()}, root, path)
-    _check_finite(update_Ld, str(path))
-    if metadata.get("layout") != root.layout.to_json():
-        raise UserError(f"{path}: the layout in its metadata is not the root's")
-    try:
-        info = UpdateInfo(
-            json.loads(metadata["fine_tune"]), int(metadata["samples"]), json.loads(metadata["mechanism"])
-        )
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: metadata is incomplete: {error}") from error
-    return update_Ld, info
 
 
 def write_adapter(folder: Path, update_Ld: Tensor, root: Root, card: str = "") -> None:
@@ -97,35 +34,49 @@ def write_adapter(folder: Path, update_Ld: Tensor, root: Root, card: str = "") -
     Args:
         card: model card; the folder's README.md.
     """
+    check_finite(update_Ld, str(folder))
+    if root.lora.kind == "full":
+        write_model(folder, root.layout.to_tensors(update_Ld.float()), root, card)
+        return
+    existed = folder.exists()
+    try:
+        # The embedded pair has no Hub id; PEFT and vLLM find it by folder.
+        for name, content in adapter_files(update_Ld, root, card, base_model_path(root)).items():
+            write_atomically(folder / name, content)
+    except UserError:
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def base_model_path(root: Root) -> str:
+    """Where PEFT and vLLM find a root's base model on this machine."""
+    embedded = root.base_model.startswith(EMBEDDED_PREFIX)
+    return str(resolve(root.base_model)) if embedded else root.base_model
+
+
+def adapter_files(update_Ld: Tensor, root: Root, card: str, base_model: str) -> dict[str, bytes]:
+    """The files of root + update (Eq. 3) as a PEFT folder; the weights are the last.
+
+    Args:
+        base_model: what the adapter names as its base model.
+    """
     from peft import LoraConfig, TaskType
 
-    _check_finite(update_Ld, str(folder))
     delta = root.layout.to_tensors(update_Ld.float())
-    if root.lora.kind == "full":
-        write_model(folder, delta, root, card)
-        return
     tensors = _peft_tensors({name: initial + delta[name] for name, initial in root.initial.items()}, root)
-    embedded = root.base_model.startswith(EMBEDDED_PREFIX)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=root.lora.rank,
         lora_alpha=root.lora.alpha,
         target_modules=list(root.lora.target_modules),
-        # The embedded pair has no Hub id; PEFT and vLLM find it by folder.
-        base_model_name_or_path=str(resolve(root.base_model)) if embedded else root.base_model,
+        base_model_name_or_path=base_model,
         inference_mode=True,
     )
-    content = json.dumps(config.to_dict(), indent=2, sort_keys=True, default=list).encode()
-    existed = folder.exists()
-    try:
-        write_atomically(folder / ADAPTER_CONFIG, content)
-        if card:
-            write_atomically(folder / "README.md", card.encode())
-        write_atomically(folder / ADAPTER_WEIGHTS, save(tensors, {"format": "pt", "root": root.hash}))
-    except UserError:
-        if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    found = {ADAPTER_CONFIG: json.dumps(config.to_dict(), indent=2, sort_keys=True, default=list).encode()}
+    if card:
+        found["README.md"] = card.encode()
+    return found | {ADAPTER_WEIGHTS: save(tensors, {"format": "pt", "root": root.hash})}
 
 
 def _peft_tensors(adapted: dict[str, Tensor], root: Root) -> dict[str, Tensor]:
@@ -206,7 +157,7 @@ def read_adapter(folder: Path, root: Root) -> Tensor:
         raise UserError(f"{folder}: tensor {wrong[0]} is not part of a PEFT adapter; is it an update file?")
     named = _from_peft({name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}, root, folder)
     update_Ld = _one_update(named, root, folder) - root.layout.to_array(root.initial)
-    _check_finite(update_Ld, str(folder))
+    check_finite(update_Ld, str(folder))
     return update_Ld
 
 
@@ -269,7 +220,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
-def _check_finite(update_Ld: Tensor, where: str) -> None:
+def check_finite(update_Ld: Tensor, where: str) -> None:
+    """Refuse an update with NaN or infinity, by a UserError."""
     if not bool(torch.isfinite(update_Ld).all()):
         raise UserError(f"{where}: the update holds NaN or infinity; the fine-tune diverged, lower its learning rate")
 

@@ -130,7 +130,7 @@ class Layout:
         Raises:
             UserError: names or shapes differ from the layout's; names the first that does.
         """
-        self._check(tensors)
+        self.check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, leading=True)
         params = [param for block in self.blocks for param in block.params]
         first = tensors[params[0].name]
         lead = first.shape[: first.dim() - len(params[0].shape)]
@@ -149,24 +149,32 @@ class Layout:
             for param, (row, columns) in zip(params, self.module_slices, strict=True)
         }
 
-    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+    def check_shapes(self, found: Mapping[str, tuple[int, ...]], leading: bool = False) -> None:
+        """Compare names and shapes of tensors with the layout's.
+
+        Args:
+            leading: whether shapes may have leading dimensions, which all tensors share.
+
+        Raises:
+            UserError: names the first that differs.
+        """
         shapes = self.shapes
-        if missing := sorted(shapes.keys() - tensors.keys()):
+        if missing := sorted(shapes.keys() - found.keys()):
             raise UserError(
                 f"update lacks {missing[0]} ({len(missing)} missing); was it made with other target modules?"
             )
-        if extra := sorted(tensors.keys() - shapes.keys()):
+        if extra := sorted(found.keys() - shapes.keys()):
             raise UserError(
                 f"update has unknown {extra[0]} ({len(extra)} extra); was it made with other target modules?"
             )
         leads = set()
         for name, shape in shapes.items():
-            found = tuple(tensors[name].shape)
-            if found[len(found) - len(shape) :] != shape:
+            lead = len(found[name]) - len(shape)
+            if tuple(found[name][lead:]) != shape or lead < 0 or (lead and not leading):
                 raise UserError(
-                    f"{name} has shape {list(found)}, but the root's is {list(shape)} (rank or model differ)"
+                    f"{name} has shape {list(found[name])}, but the root's is {list(shape)} (rank or model differ)"
                 )
-            leads.add(found[: len(found) - len(shape)])
+            leads.add(tuple(found[name][:lead]))
         if len(leads) > 1:
             raise UserError(f"leading dimensions differ between parameters: {sorted(map(list, leads))}")
 

@@ -13,7 +13,8 @@ from gt_ray.grad_transformer.certainty import Estimate
 from gt_ray.grad_transformer.generate import card, check_roots, generate_adapter
 from gt_ray.grad_transformer.network import GradTransformer, make_phi
 from gt_ray.pairs.root import Root, make_root
-from gt_ray.updates.files import UpdateInfo, read_adapter, write_update
+from gt_ray.updates.files import read_adapter
+from gt_ray.updates.update_files import UpdateInfo, write_update
 
 INFO = UpdateInfo({"steps": 3}, samples=5, mechanism={"name": "sft"})
 Trained = tuple[GradTransformer, Root, Root]

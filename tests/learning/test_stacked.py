@@ -19,7 +19,8 @@ from gt_ray.pairs.models import load_model, load_tokenizer
 from gt_ray.pairs.root import Root, make_root
 from gt_ray.tasks import TASKS
 from gt_ray.tasks.embedded import rows
-from gt_ray.updates.files import UpdateInfo, read_adapter, read_update, write_adapter, write_update
+from gt_ray.updates.files import read_adapter, write_adapter
+from gt_ray.updates.update_files import UpdateInfo, read_update, write_update
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 GROUPS = {

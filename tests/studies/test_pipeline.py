@@ -29,7 +29,8 @@ from gt_ray.studies.pipeline import (
 from gt_ray.studies.study import run_study
 from gt_ray.training.joint import joint_key
 from gt_ray.training.run import load_trained
-from gt_ray.updates.files import read_adapter, read_update
+from gt_ray.updates.files import read_adapter
+from gt_ray.updates.update_files import read_update
 from tests.conftest import TINY_OVERRIDES, further_pair, tiny_config
 
 pytestmark = pytest.mark.ray

@@ -23,17 +23,8 @@ from transformers import AutoModelForCausalLM
 from gt_ray.config import ModelSettings
 from gt_ray.errors import UserError
 from gt_ray.pairs.root import Root, make_root
-from gt_ray.updates.files import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    FORMAT,
-    UpdateInfo,
-    read_adapter,
-    read_update,
-    write_adapter,
-    write_atomically,
-    write_update,
-)
+from gt_ray.updates.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, write_adapter, write_atomically
+from gt_ray.updates.update_files import FORMAT, UpdateInfo, read_update, write_update
 
 INFO = UpdateInfo(
     {"steps": 60, "learning_rate": 0.01, "batch_size": 16},
@@ -135,7 +126,7 @@ def test_an_update_of_another_root_is_refused_with_both_hashes(
         (lambda tensors: tensors.update({min(tensors): torch.ones(3, 64)}), r"has shape \[3, 64\], .* \[2, 64\]"),
         (
             lambda tensors: tensors.update({name: tensor[None].clone() for name, tensor in tensors.items()}),
-            "holds several updates",
+            r"has shape \[1, 2, 64\], .* \[2, 64\]",
         ),
     ],
 )
@@ -380,7 +371,8 @@ from pathlib import Path
 from gt_ray.config import ModelSettings
 from gt_ray.errors import UserError
 from gt_ray.pairs.root import make_root
-from gt_ray.updates.files import UpdateInfo, read_adapter, read_update, write_adapter, write_update
+from gt_ray.updates.files import read_adapter, write_adapter
+from gt_ray.updates.update_files import UpdateInfo, read_update, write_update
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 settings, out, info = ModelSettings(model=sys.argv[1]), Path(sys.argv[2]), UpdateInfo({}, 1)
 root = make_root(settings)
