@@ -12,6 +12,9 @@ from gt_ray.pairs.root import Root, make_root
 from gt_ray.tasks.data import TaskData, load_data
 from gt_ray.updates.store import UpdateStore
 
+ROOTS = "roots"
+"""Folder within a run: the root file of each side."""
+
 
 @dataclass(frozen=True)
 class Study:

@@ -183,6 +183,21 @@ class TransformersScorer(Scorer):
                     done.append(Scored(work.key, n, row))
         return done
 
+    @torch.no_grad()
+    def answer(self, prompt: str, update_Ld: Tensor | None = None) -> str:
+        """What the model says to a user's turn, as it is or with an update from its root.
+
+        Raises:
+            UserError: the prompt does not fit into the model's window.
+        """
+        turns = [{"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) >= self.window:
+            raise UserError(f"the prompt has {len(ids)} tokens, but the model's window is {self.window}; shorten it")
+        with self._wearing(System("answer", update_Ld=update_Ld)):
+            return self._generate({0: ids})[0][0]
+
     def _generate(self, prompts: dict[int, list[int]]) -> dict[int, tuple[str, int, Finish]]:
         """Output, its number of tokens, and why it ended."""
         if not prompts:

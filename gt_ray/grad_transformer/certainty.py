@@ -42,7 +42,7 @@ class Estimate:
     @property
     def out_of_range(self) -> bool:
         """Whether the client is further away than every validation shadow was."""
-        return self.distance > self.range
+        return not self.distance <= self.range
 
     @property
     def text(self) -> str:
@@ -112,7 +112,8 @@ class Certainty(nn.Module):
         """What is known of the update that is generated from a standardised S update [P]."""
         usual = self.distance_V.median().clamp(min=1e-12)
         of_behaviour = bool(self.of_behaviour)
-        distance = float(self._distance(z_P[None])[0] / usual)
+        # Clamped, so that squares of what no fine-tune gives do not overflow.
+        distance = float(self._distance(z_P[None].nan_to_num().clamp(-1e6, 1e6))[0] / usual)
         largest = float(self.distance_V.max() / usual)
         known = self.error_V[self.error_V.isfinite()]
         if distance > largest or not len(known):

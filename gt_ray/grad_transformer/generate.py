@@ -63,20 +63,30 @@ def generate_adapter(
     if refine:
         generated_Ld = refine(pooled_Ld, generated_Ld)
     infos = [info for _, info in read]
-    write_adapter(out, generated_Ld, llm, card(infos, tinylm, llm, pooling, estimate, refine is not None))
+    text = card(infos, tinylm, llm, pooling, estimate, refine is not None, model.fingerprint())
+    write_adapter(out, generated_Ld, llm, text)
     return estimate
 
 
 def card(
-    infos: Sequence[UpdateInfo], tinylm: Root, llm: Root, pooling: str, estimate: Estimate | None, refined: bool
+    infos: Sequence[UpdateInfo],
+    tinylm: Root,
+    llm: Root,
+    pooling: str,
+    estimate: Estimate | None,
+    refined: bool,
+    checkpoint: str,
 ) -> str:
-    """Model card of a generated adapter."""
+    """Model card of a generated adapter.
+
+    Args:
+        checkpoint: SHA-256 of the Grad-Transformer's weights.
+    """
     refinement = (
         " It was then refined by a few optimizer steps on public prompts, towards the mean of itself and proxy-tuning."
         if refined
         else ""
     )
-    mechanisms = sorted({str(info.mechanism.get("name")) for info in infos})
     return f"""---
 library_name: peft
 tags: [gt-ray, generated-adapter]
@@ -88,10 +98,11 @@ model (pooling: {pooling}), without access to the clients' data.{refinement}
 
 | | base model | root |
 |---|---|---|
-| TinyLM, fine-tuned by the clients | `{tinylm.base_model}` | `{tinylm.hash}` |
-| LLM, which this adapter is for | `{llm.base_model}` | `{llm.hash}` |
+| TinyLM, fine-tuned by the clients | `{tinylm.public_name}` | `{tinylm.hash}` |
+| LLM, which this adapter is for | `{llm.public_name}` | `{llm.hash}` |
 
-Learning mechanism stated by the clients: {", ".join(mechanisms)}. Client rows: {sum(info.samples for info in infos)}.
+Grad-Transformer: SHA-256 `{checkpoint}`. Client rows: {sum(info.samples for info in infos)}.
+Learning mechanism and privacy as the clients state them: {"; ".join(sorted({info.privacy for info in infos}))}.
 
 {estimate.text if estimate else "Nothing is known of the error of this adapter."}{BEFORE if refined else ""}
 """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, islice, pairwise
@@ -101,7 +101,11 @@ class Engine:
         return [list(range(start, end)) for start, end in pairwise(borders)]
 
     def fine_tune(
-        self, sets: Sequence[TrainingSet], settings: FineTuneSettings, snapshot_steps: Sequence[int] = (0,)
+        self,
+        sets: Sequence[TrainingSet],
+        settings: FineTuneSettings,
+        snapshot_steps: Sequence[int] = (0,),
+        on_step: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[int, FineTuned | UserError]]:
         """Fine-tune one adapter on each set, all from the same root; yields its number and result as groups finish.
 
@@ -110,6 +114,7 @@ class Engine:
 
         Args:
             snapshot_steps: optimizer steps from the end at which the update is kept, largest first.
+            on_step: called after every optimizer step of a group.
 
         Raises:
             UserError: an empty data set, or fewer steps than snapshots reach back.
@@ -121,7 +126,7 @@ class Engine:
             group = [waiting[i] for i in self.groups([sets[i] for i in waiting], settings)[0]]
             members = [sets[i] for i in group]
             try:
-                for g, result in self._train(members, settings, snapshot_steps):
+                for g, result in self._train(members, settings, snapshot_steps, on_step):
                     waiting.remove(group[g])
                     yield group[g], result
                 fits = self._most_tokens
@@ -186,7 +191,11 @@ class Engine:
         return int(self.memory_bytes * self._measured[0] / (tokens * max(1, self._measured[1])))
 
     def _train(
-        self, sets: Sequence[TrainingSet], settings: FineTuneSettings, snapshot_steps: Sequence[int]
+        self,
+        sets: Sequence[TrainingSet],
+        settings: FineTuneSettings,
+        snapshot_steps: Sequence[int],
+        on_step: Callable[[], None],
     ) -> Iterator[tuple[int, FineTuned | UserError]]:
         """Fine-tune all sets together."""
         layout, G = self.root.layout, len(sets)
@@ -217,6 +226,7 @@ class Engine:
                 clip_per_adapter(trained, settings.clip_norm)
                 _step(optimizer, trained, [schedule.factor(g, step) for g in active])
                 step += 1
+                on_step()
                 ended = []
                 for row, (g, loss) in enumerate(zip(active, loss_G.tolist(), strict=True)):
                     losses[g].append(loss)

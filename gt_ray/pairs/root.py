@@ -19,12 +19,13 @@ import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from gt_ray.config import LoraSettings, ModelSettings
@@ -58,6 +59,11 @@ class Root:
     fixed: dict[str, Tensor] = field(default_factory=dict)
 
     @property
+    def public_name(self) -> str:
+        """What others are told of the base model: a folder's own name, not where it lies."""
+        return Path(self.base_model).name if Path(self.base_model).is_absolute() else self.base_model
+
+    @cached_property
     def layout(self) -> Layout:
         """How updates from this root become arrays."""
         return Layout.of({name: tuple(tensor.shape) for name, tensor in self.initial.items()})
@@ -78,7 +84,23 @@ class Root:
         return sorted({name.rpartition(".")[0] for name in self.initial})
 
     def save(self, path: Path) -> None:
-        """Write the initial adapter and its settings as one safetensors file."""
+        """Write the initial adapter and its settings as one safetensors file, whole or not at all.
+
+        Raises:
+            UserError: the disk is full or not writable.
+        """
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(self.to_bytes())
+            partial.rename(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise UserError(f"could not write {path}: {error}; free some space and run it again") from error
+
+    def to_bytes(self) -> bytes:
+        """The file that `save` writes."""
         metadata = {
             "format": FORMAT,
             "root": self.hash,
@@ -88,7 +110,7 @@ class Root:
         }
         parts = {"initial": self.initial, "fixed": self.fixed}
         tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
-        save_file(tensors, path, metadata=metadata)
+        return save(tensors, metadata)
 
     @classmethod
     def load(cls, path: Path) -> Root:
@@ -134,15 +156,7 @@ def make_root(settings: ModelSettings, cache: Path | None = None) -> Root:
     fixed = _singular_factors(folder, settings.lora, initial) if settings.lora.kind == "xs" else {}
     root = Root(hash_root(folder, settings.lora, initial, fixed), settings.model, settings.lora, initial, fixed)
     if cached:
-        partial = cached.with_name(f".{cached.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            root.save(partial)
-            partial.rename(cached)
-        except (SafetensorError, OSError) as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise UserError(f"could not write {cached}: {error}; free some space and run it again") from error
+        root.save(cached)
     return root
 
 

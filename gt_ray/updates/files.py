@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -176,8 +177,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Write a file so that it is there whole or not at all (write, then rename).
+
+    Args:
+        mode: permissions, less the umask.
 
     Raises:
         UserError: the disk is full or not writable; nothing is left behind.
@@ -185,7 +189,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(content)
             file.flush()
         partial.rename(path)

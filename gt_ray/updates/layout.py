@@ -119,7 +119,7 @@ class Layout:
             flat = whole.index_copy(-1, self.places.to(flat.device), flat)
         return flat.view(*flat.shape[:-1], self.L, self.d)
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the parameters."""
         return {param.name: param.shape for block in self.blocks for param in block.params}

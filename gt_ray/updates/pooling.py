@@ -7,7 +7,7 @@
     trimmed_mean    of each coordinate, without the 20 % largest and smallest values       (arXiv 1803.01498)
 
 mu is the mean S update of the training tuples. `clip` bounds what a client can do, `trimmed_mean` bears a fifth of bad
-clients, `median` fewer than half; all three need three clients to mean anything.
+clients (of fewer than five, none), `median` fewer than half.
 """
 
 from __future__ import annotations
@@ -42,4 +42,5 @@ def pool(updates_NLd: Tensor, how: Pooling = "mean", mean_Ld: Tensor | None = No
         return mean_Ld + from_mean_NLd.sum(0)
     norm_N11 = from_mean_NLd.flatten(1).norm(dim=1)[:, None, None]
     share_N11 = (norm_N11.quantile(0.5) / norm_N11.clamp(min=1e-12)).clamp(max=1)
-    return mean_Ld + (share_N11 * from_mean_NLd).mean(0)
+    clipped_Ld: Tensor = mean_Ld + (share_N11 * from_mean_NLd).mean(0)
+    return clipped_Ld

@@ -26,6 +26,7 @@ PREFIX = "delta."
 LARGEST_HEADER = 4 * 2**20
 """Bytes; that of seven modules in each of a hundred layers is a twentieth of it."""
 DTYPES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+MOST_DIMS, MOST_SAMPLES, MOST_NESTED = 8, 10**12, 100
 MECHANISM = re.compile(r"[\w.+-]{1,40}")
 
 
@@ -69,7 +70,7 @@ def update_bytes(update_Ld: Tensor, root: Root, info: UpdateInfo) -> bytes:
     metadata = {
         "format": FORMAT,
         "root": root.hash,
-        "base_model": root.base_model,
+        "base_model": root.public_name,
         "layout": layout.to_json(),
         "fine_tune": json.dumps(info.fine_tune, sort_keys=True),
         "samples": str(info.samples),
@@ -112,7 +113,7 @@ def parse_update(content: bytes, root: Root, where: str = "update") -> tuple[Ten
     if metadata.get("root") != root.hash:
         raise UserError(
             f"{where} was made from root {metadata.get('root')} ({metadata.get('base_model')}), but this "
-            f"Grad-Transformer reads updates of root {root.hash} ({root.base_model}); fine-tune from that root"
+            f"Grad-Transformer reads updates of root {root.hash} ({root.public_name}); fine-tune from that root"
         )
     if wrong := [name for name in header.tensors if not name.startswith(PREFIX)]:
         raise UserError(f"{where}: tensor {wrong[0]} is not part of an update")
@@ -156,7 +157,10 @@ def parse_header(content: bytes, where: str = "file") -> Header:
             dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
             if dtype not in DTYPES:
                 raise ValueError(f"{name} is of dtype {dtype!r}, not one of {', '.join(DTYPES)}")
-            if not all(type(n) is int and n >= 0 for n in (*shape, first, last)):
+            # Bounded before they are multiplied: a product of thousands of large numbers takes minutes.
+            if len(shape) > MOST_DIMS or not all(
+                type(n) is int and 0 <= n <= len(content) for n in (*shape, first, last)
+            ):
                 raise ValueError(f"{name} has a shape or offsets that are no sizes")
             if last - first != math.prod(shape) * DTYPES[dtype]:
                 raise ValueError(f"{name} has another size than shape")
@@ -187,20 +191,25 @@ def _info(metadata: Mapping[str, str], where: str) -> UpdateInfo:
     try:
         fine_tune, mechanism = (_object(metadata[key]) for key in ("fine_tune", "mechanism"))
         samples = int(metadata["samples"])
-        if samples < 0:
-            raise ValueError("samples is negative")
+        if not 0 <= samples <= MOST_SAMPLES:
+            raise ValueError("samples is no number of rows")
         if not MECHANISM.fullmatch(str(mechanism.get("name"))):
             raise ValueError("mechanism has no name, or one that is none")
         for key in ("epsilon", "delta"):
-            if key in mechanism and not (type(mechanism[key]) in (int, float) and mechanism[key] >= 0):
+            if key in mechanism and not (
+                type(mechanism[key]) in (int, float) and 0 <= float(mechanism[key]) < math.inf
+            ):
                 raise ValueError(f"mechanism states a {key} that is none")
-    except (KeyError, ValueError, RecursionError) as error:
+    except (KeyError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{where}: metadata is incomplete: {error}") from error
     return UpdateInfo(fine_tune, samples, mechanism)
 
 
 def _object(text: str) -> dict[str, Any]:
+    if text.count("[") + text.count("{") > MOST_NESTED:
+        raise ValueError("an object of so many parts is no setting")
     found = json.loads(text)
+    json.dumps(found, ensure_ascii=False).encode()  # halves of characters are no text
     if not isinstance(found, dict):
         raise ValueError(f"an object is expected, not {type(found).__name__}")
     return found

@@ -70,9 +70,9 @@ def test_a_checkpoint_of_another_pair_names_both_hashes(trained: Trained) -> Non
 
 def test_the_card_says_that_it_was_generated_from_how_many_clients(trained: Trained) -> None:
     _, tinylm, llm = trained
-    text = card([INFO, INFO], tinylm, llm, "mean", None, refined=False)
+    text = card([INFO, INFO], tinylm, llm, "mean", None, False, "5ha")
     assert "Nothing is known of the error" in text and "refined" not in text
     estimate = Estimate(distance=2.5, range=1.5, error=None, error_high=None)
-    assert "OUT OF RANGE" in card([INFO], tinylm, llm, "mean", estimate, refined=True)
+    assert "OUT OF RANGE" in card([INFO], tinylm, llm, "mean", estimate, True, "5ha")
     assert "generated, not trained" in text and "2 client update(s)" in text and "Client rows: 10" in text
-    assert tinylm.hash in text and llm.hash in text
+    assert tinylm.hash in text and llm.hash in text and "5ha" in text
