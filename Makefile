@@ -1,6 +1,6 @@
 # `make` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check test-all lint types format clean
+.PHONY: help setup demo serve test check test-all lint types format clean
 
 PRESET ?= embedded
 ARGS ?=
@@ -20,6 +20,10 @@ setup: ## build .venv (minutes the first time, nothing when it is up to date)
 
 demo: setup ## run the whole pipeline; PRESET=embedded, ARGS="seed=1 ..." overrides the config
 	$(RUN) jobs/pipeline.py --preset $(PRESET) $(ARGS)
+
+serve: setup ## the delta-generation endpoint on http://127.0.0.1:8000, with the checkpoint of `make demo`
+	@test -f runs/embedded-seed0/grad_transformer/config.json || { echo "no checkpoint yet: run make demo first"; exit 2; }
+	.venv/bin/serve run serve_configs/local.yaml
 
 test: lint types ## lint, types and every test but the slow and GPU ones
 	$(RUN) -m pytest -m "not slow and not gpu"

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from gt_ray import progress
+from gt_ray.cli_serving import client_app, tokens_app
 from gt_ray.config import Config, load_config, preset_names
 from gt_ray.errors import UserError
 from gt_ray.updates.pooling import Pooling
@@ -182,6 +183,8 @@ def plan(
 
 store_app = typer.Typer(no_args_is_help=True, help="Look after an update store: a folder, `s3://...` or `gs://...`.")
 app.add_typer(store_app, name="store", epilog="Example: `gt-ray store stat store`")
+app.add_typer(client_app, name="client", epilog="Example: `gt-ray client root http://127.0.0.1:8000`")
+app.add_typer(tokens_app, name="tokens", epilog="Example: `gt-ray tokens add acme --file tokens.json`")
 Location = Annotated[str, typer.Argument(metavar="LOCATION", help="Folder, `s3://bucket/folder` or `gs://...`.")]
 
 
