@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,22 @@ def test_without_the_variable_the_plugin_does_nothing(monkeypatch: pytest.Monkey
 
 @pytest.fixture(scope="module")
 def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with the adapters of the run."""
+    with vllm_server(tmp_path_factory.mktemp("server") / "log", GT_RAY_ADAPTERS=str(run)) as address:
+        yield address
+
+
+@contextmanager
+def vllm_server(log: Path, **variables: str) -> Iterator[str]:
     """The command of README, on the embedded LLM; its address."""
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+    port = free_port()
     options = (
         "--dtype float32 --enforce-eager --max-model-len 512 --served-model-name base --enable-lora --max-lora-rank 8"
     )
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", LLM, *options.split()]
     environment = {
         **os.environ,
-        "GT_RAY_ADAPTERS": str(run),
+        **variables,
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

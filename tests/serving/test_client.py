@@ -1,0 +1,211 @@
+"""The client's commands against the real endpoint, in a process that has neither Ray nor vLLM nor DeepSpeed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from safetensors import safe_open
+
+from gt_ray.config import EvaluationSettings, load_config
+from gt_ray.errors import UserError
+from gt_ray.evaluation.scorer import System, TransformersScorer
+from gt_ray.pairs.models import EMBEDDED
+from gt_ray.pairs.root import Root
+from gt_ray.serving.endpoint import Endpoint, unpack
+from gt_ray.serving.sources import open_source
+from gt_ray.tasks import TASKS
+from gt_ray.tasks.embedded import DOMAINS, rows
+from gt_ray.updates.files import read_adapter
+from gt_ray.updates.update_files import read_update
+from tests.serving.conftest import Served
+from tests.serving.test_vllm_plugin import ask, vllm_server
+
+WITHOUT = """
+import sys
+for name in ("ray", "vllm", "deepspeed", "opacus", "datasets", "fastapi", "pyarrow"):
+    sys.modules[name] = None
+from gt_ray.cli import main
+main(sys.argv[1:])
+"""
+LLM = str(EMBEDDED / "llm")
+
+
+def gt_ray(folder: Path, *arguments: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
+    """A command, in a folder, without the packages of a provider."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GT_RAY")}
+    if token:
+        (folder / "token").write_text(token + "\n")
+        environment["GT_RAY_TOKEN_FILE"] = str(folder / "token")
+    command = [sys.executable, "-c", WITHOUT, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def done(folder: Path, *arguments: str, token: str | None = None) -> str:
+    """What a command that works says."""
+    found = gt_ray(folder, *arguments, token=token)
+    assert found.returncode == 0, found.stderr
+    return found.stdout + found.stderr
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Path:
+    """A folder with private rows."""
+    lines = [json.dumps(row) for row in rows("gsm8k", "private", DOMAINS[0], 3, 24)]
+    (tmp_path / "my.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+@pytest.mark.ray
+def test_root_finetune_send(endpoint: Served, client: Path) -> None:
+    assert "checked against the base model" in done(client, "client", "root", endpoint.url, token=endpoint.token)
+    told = done(client, "client", "finetune", "--data", "my.jsonl", "--task", "gsm8k", "--steps", "4")
+    assert "24 rows" in told
+    update_Ld, info = read_update(client / "update.safetensors", endpoint.root("tinylm"))
+    assert info.samples == 24 and info.fine_tune["steps"] == 4 and info.mechanism == {"name": "sft"}
+    told = done(client, "client", "send", "update.safetensors", "-o", "adapter/", token=endpoint.token)
+    for expected in (f"for {endpoint.url}", "no row of data is in it", "no privacy guarantee", "24 rows", "SHA-256"):
+        assert expected in told
+    assert endpoint.token not in told
+    found_Ld = read_adapter(client / "adapter", endpoint.root("llm"))
+    torch.testing.assert_close(found_Ld, endpoint.model().generate(update_Ld[None])[0], rtol=1e-4, atol=1e-5)
+    assert json.loads((client / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == LLM
+    with safe_open(client / "update.safetensors", "pt") as file:  # nothing of this machine is in it
+        assert not any(str(client) in text for text in file.metadata().values())
+
+
+@pytest.mark.ray
+def test_a_round_of_two_clients_by_commands(endpoint: Served, client: Path) -> None:
+    other = client / "other"
+    other.mkdir()
+    for folder, name, seed in ((client, "alice", 1), (other, "bob", 2)):
+        done(folder, "client", "root", endpoint.url, token=endpoint.tokens[name])
+        (folder / "u.safetensors").write_bytes(endpoint.update_of(seed)[1])
+    alice, bob = endpoint.tokens["alice"], endpoint.tokens["bob"]
+    id = re.findall(r"[0-9a-f]{32}", done(client, "client", "round", "open", token=alice))[-1]
+    assert "1 update" in done(client, "client", "round", "join", id, "u.safetensors", token=alice)
+    assert "2 updates" in done(other, "client", "round", "join", id, "u.safetensors", token=bob)
+    refused = gt_ray(other, "client", "round", "fetch", id, token=bob)
+    assert refused.returncode == 2 and "still open" in refused.stderr and not (other / "adapter").exists()
+    done(client, "client", "round", "close", id, token=alice)
+    done(other, "client", "round", "fetch", id, token=bob)
+    pooled_Ld = (endpoint.update_of(1)[0] + endpoint.update_of(2)[0]) / 2
+    for folder in (client, other):
+        found_Ld = read_adapter(folder / "adapter", endpoint.root("llm"))
+        torch.testing.assert_close(found_Ld, endpoint.model().generate(pooled_Ld[None])[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.ray
+def test_mistakes_are_told_in_one_line(endpoint: Served, client: Path) -> None:
+    def refused(message: str, *arguments: str, token: str | None = endpoint.token) -> None:
+        found = gt_ray(client, "client", *arguments, token=token)
+        assert found.returncode == 2 and message in found.stderr and "Traceback" not in found.stderr, found.stderr
+
+    refused("fetch it first", "send", "my.jsonl")
+    refused("does not answer", "root", "http://127.0.0.1:9")
+    refused("refuses (401)", "root", endpoint.url, token=None)
+    refused("it has demo", "root", endpoint.url, "--checkpoint", "other")
+    refused("is neither a folder nor to be had", "root", endpoint.url, "--model", "no/such-model")
+    refused("it is another base model", "root", endpoint.url, "--model", str(EMBEDDED / "tinylm-deep"))
+    refused("is not encrypted", "root", "http://example.org")
+    done(client, "client", "root", endpoint.url, token=endpoint.token)
+    refused("unknown task", "finetune", "--data", "my.jsonl", "--task", "gsm")
+    refused("No such file", "finetune", "--data", "absent.jsonl", "--task", "gsm8k")
+    refused("is missing", "finetune", "--data", "my.jsonl", "--task", "samsum")
+    refused("fine-tune setting steps", "finetune", "--data", "my.jsonl", "--task", "gsm8k", "--steps", "0")
+    refused("is damaged or no safetensors file", "send", "my.jsonl")
+    assert not (client / "adapter").exists()
+
+
+@pytest.mark.ray
+def test_vllms_source_generates_a_kept_update_on_miss(
+    endpoint: Served, client: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done(client, "client", "root", endpoint.url, token=endpoint.token)
+    update_Ld, content = endpoint.update_of(5)
+    (client / "u.safetensors").write_bytes(content)
+    name = done(client, "client", "send", "u.safetensors", "--keep", token=endpoint.token).split()[0]
+    assert re.fullmatch(r"client-update:[0-9a-f]{32}", name)
+    monkeypatch.setenv("GT_RAY_TOKEN", endpoint.tokens["vllm"])
+    source = open_source(endpoint.url)
+    adapter = source.fetch(name, LLM)
+    assert adapter is not None and adapter.base_model == LLM
+    found_Ld = read_adapter(adapter.folder, endpoint.root("llm"))
+    torch.testing.assert_close(found_Ld, endpoint.model().generate(update_Ld[None])[0], rtol=1e-4, atol=1e-5)
+    for wrong in ("x", f"{name}x", f"x{name}", "client-update:../../../../etc/passwd", "client-update:" + "0" * 32):
+        assert source.fetch(wrong, LLM) is None
+    with pytest.raises(UserError, match="is not the served"):
+        source.fetch(name, str(EMBEDDED / "llm-wide"))
+    monkeypatch.setenv("GT_RAY_TOKEN", endpoint.tokens["bob"])
+    assert open_source(endpoint.url).fetch(name, LLM) is None
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_vllm_answers_with_an_adapter_that_is_generated_on_miss(endpoint: Served, client: Path) -> None:
+    name = Endpoint(endpoint.url, endpoint.token).keep(endpoint.update_of(5)[1])
+    content, _ = Endpoint(endpoint.url, endpoint.token).generate([endpoint.update_of(5)[1]])
+    unpack(content, client / "adapter", LLM)
+    scorer = TransformersScorer(
+        load_config("embedded").pair.llm, None, EvaluationSettings(max_new_tokens=12, max_model_len=512)
+    )
+    test_rows = rows("gsm8k", "test", DOMAINS[0], 0, 3)
+    prompts = [TASKS["gsm8k"].prompt(row) for row in test_rows]
+    expected = [one.output for one in scorer.score(System("a", folder=client / "adapter"), "gsm8k", test_rows)]
+    variables = {"GT_RAY_ADAPTERS": endpoint.url, "GT_RAY_TOKEN": endpoint.tokens["vllm"]}
+    with vllm_server(client / "log", **variables) as server:
+        given = [ask(server, name, prompt).json()["choices"][0]["message"]["content"] for prompt in prompts]
+        assert given == expected
+        assert ask(server, "client-update:" + "0" * 32, "?").status_code == 404
+
+
+def test_an_answer_that_is_no_adapter_writes_nothing(tmp_path: Path) -> None:
+    def packed(**files: bytes) -> bytes:
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, part in files.items():
+                archive.writestr(name.replace("__", "."), part)
+        return content.getvalue()
+
+    bomb = {"adapter_config__json": bytes(10_000_000), "README__md": b"", "adapter_model__safetensors": b""}
+    for content, message in ((b"hello", "not a zip"), (packed(a=b"b"), "no item"), (packed(**bomb), "is larger than")):
+        with pytest.raises(UserError, match=message):
+            unpack(content, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("token", ["two words", "a\nb", "schlüssel"])
+def test_a_token_that_is_none_is_refused_without_being_told(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="is none") as raised:
+        Endpoint("https://gt-ray.example.org", token)
+    assert token not in str(raised.value)
+    monkeypatch.setenv("GT_RAY_TOKEN", "secret\n")
+    assert Endpoint("https://gt-ray.example.org").http.headers["Authorization"] == "Bearer secret"
+
+
+def test_a_token_is_not_sent_unencrypted_to_another_machine() -> None:
+    with pytest.raises(UserError, match="use https"):
+        Endpoint("http://gt-ray.example.org", "secret")
+    assert Endpoint("https://gt-ray.example.org", "secret").http.headers["Authorization"] == "Bearer secret"
+
+
+def test_a_root_of_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gt_ray.config import ModelSettings
+    from gt_ray.pairs.root import make_root
+
+    root: Root = make_root(ModelSettings(model="embedded:tinylm", dtype="float32"))
+    endpoint = Endpoint("http://127.0.0.1:9")
+    monkeypatch.setattr(endpoint, "_call", lambda *_: httpx.Response(200, content=root.to_bytes()))
+    with pytest.raises(UserError, match="answered with root"):
+        endpoint.root("0" * 64, tmp_path / "root")
