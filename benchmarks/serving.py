@@ -33,7 +33,7 @@ import typer
 from torch import Tensor
 
 from gt_ray.config import PhiSettings, load_config
-from gt_ray.curation.study import ROOTS, load_roots
+from gt_ray.curation.study import load_roots, root_file
 from gt_ray.grad_transformer.network import GradTransformer, make_phi
 from gt_ray.updates.layout import Layout
 from gt_ray.updates.update_files import UpdateInfo, parse_update, update_bytes
@@ -64,7 +64,7 @@ def make_run(folder: Path, seed: int = 0, phi: PhiSettings = SMALL) -> Path:
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(config.to_yaml())
     for side, root in roots.items():
-        root.save(run / ROOTS / f"{side}.safetensors")
+        root.save(root_file(run, side))
     model.save(run / "grad_transformer")
     return run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from gt_ray.config import Config
 from gt_ray.curation.jobs import SIDES, FineTuneJob, Side, client_job, model_settings, public_job, shadow_job
@@ -12,8 +13,10 @@ from gt_ray.pairs.root import Root, make_root
 from gt_ray.tasks.data import TaskData, load_data
 from gt_ray.updates.store import UpdateStore
 
-ROOTS = "roots"
-"""Folder within a run: the root file of each side."""
+
+def root_file(run: Path, side: Side) -> Path:
+    """Where a run keeps the root of a side."""
+    return run / "roots" / f"{side}.safetensors"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from gt_ray.curation.jobs import Side
 from gt_ray.errors import UserError
 from gt_ray.evaluation.results import Finish, RowScore
 from gt_ray.learning.losses import TargetLosses
-from gt_ray.learning.samples import Sample, encode
+from gt_ray.learning.samples import Sample, encode, prompt_text
 from gt_ray.learning.stacked import add_updates, stacked
 from gt_ray.pairs.models import load_model, load_tokenizer, resolve
 from gt_ray.pairs.root import Root
@@ -190,9 +190,7 @@ class TransformersScorer(Scorer):
         Raises:
             UserError: the prompt does not fit into the model's window.
         """
-        turns = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(prompt_text(self.tokenizer, prompt), add_special_tokens=False)["input_ids"]
         if len(ids) >= self.window:
             raise UserError(f"the prompt has {len(ids)} tokens, but the model's window is {self.window}; shorten it")
         with self._wearing(System("answer", update_Ld=update_Ld)):

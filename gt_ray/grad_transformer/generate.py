@@ -41,11 +41,13 @@ def generate_adapter(
     out: Path,
     pooling: Pooling = "mean",
     refine: Callable[[Tensor, Tensor], Tensor] | None = None,
+    checkpoint: str | None = None,
 ) -> Estimate | None:
     """Pool update files of N clients, generate the LLM update (Eq. 2) and write it as a PEFT folder.
 
     Args:
         refine: from the pooled S update and the generated T update to the T update that is written.
+        checkpoint: fingerprint of the model, where it is known: it reads all of the weights.
 
     Returns:
         What is known of its error; the model card says it too.
@@ -63,7 +65,7 @@ def generate_adapter(
     if refine:
         generated_Ld = refine(pooled_Ld, generated_Ld)
     infos = [info for _, info in read]
-    text = card(infos, tinylm, llm, pooling, estimate, refine is not None, model.fingerprint())
+    text = card(infos, tinylm, llm, pooling, estimate, refine is not None, checkpoint or model.fingerprint())
     write_adapter(out, generated_Ld, llm, text)
     return estimate
 

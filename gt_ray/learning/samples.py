@@ -26,9 +26,12 @@ class Sample:
 
 def prompt_texts(tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row]) -> list[str]:
     """The rows' prompts as one user turn each, up to where the assistant starts to write."""
-    return [
-        str(tokenizer.apply_chat_template(_user(task, row), tokenize=False, add_generation_prompt=True)) for row in rows
-    ]
+    return [prompt_text(tokenizer, task.prompt(row)) for row in rows]
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text as one user turn, up to where the assistant starts to write."""
+    return str(tokenizer.apply_chat_template(_user(text), tokenize=False, add_generation_prompt=True))
 
 
 def encode(
@@ -48,7 +51,7 @@ def encode(
     prompts = prompt_texts(tokenizer, task, rows)
     targets = []
     for prompt, row in zip(prompts, rows, strict=True):
-        turns = [*_user(task, row), {"role": "assistant", "content": task.target(row)}]
+        turns = [*_user(task.prompt(row)), {"role": "assistant", "content": task.target(row)}]
         whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
         if not whole.startswith(prompt):
             raise UserError("this chat template changes a prompt once the answer follows; it cannot be fine-tuned on")
@@ -67,5 +70,5 @@ def encode(
     return samples
 
 
-def _user(task: Task, row: Row) -> list[dict[str, str]]:
-    return [{"role": "user", "content": task.prompt(row)}]
+def _user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]

@@ -21,6 +21,7 @@ from gt_ray.updates.update_files import UpdateInfo, update_bytes
 MediaType = Literal["application/zip", "application/octet-stream"]
 ZIP: Final = "application/zip"
 UPDATE_FILE: Final = "application/octet-stream"
+NO_ADAPTER = f"updates of full weights are no adapter; accept {UPDATE_FILE}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Answer:
             samples = sum(info.samples for info in self.infos)
             return update_bytes(self.update_T_Ld, llm, UpdateInfo({}, samples, mechanism))
         if llm.lora.kind == "full":
-            raise ProblemError(406, f"updates of full weights are no adapter; accept {UPDATE_FILE}")
+            raise ProblemError(406, NO_ADAPTER)
         text = card(self.infos, tinylm, llm, self.pooling, self.estimate, False, self.checkpoint.sha256)
         packed = io.BytesIO()
         with zipfile.ZipFile(packed, "w") as archive:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gt_ray.config import Config, load_config
 from gt_ray.curation.jobs import SIDES, Side
-from gt_ray.curation.study import ROOTS, load_roots
+from gt_ray.curation.study import load_roots, root_file
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.generate import check_roots
 from gt_ray.grad_transformer.network import GradTransformer
@@ -89,7 +89,7 @@ def load_checkpoint(name: str, settings: CheckpointSettings, device: str = "cpu"
 
 def roots_of(run: Path, config: Config) -> dict[Side, Root]:
     """The roots of a run: as it keeps them, or where it is of an earlier version, from the base models."""
-    files: dict[Side, Path] = {side: run / ROOTS / f"{side}.safetensors" for side in SIDES}
+    files: dict[Side, Path] = {side: root_file(run, side) for side in SIDES}
     if not all(file.is_file() for file in files.values()):
         return load_roots(config)
     return {side: Root.load(file) for side, file in files.items()}

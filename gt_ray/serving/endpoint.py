@@ -198,7 +198,7 @@ def _is_local(url: str) -> bool:
 def _token() -> str | None:
     if file := os.environ.get(TOKEN_FILE):
         try:
-            return Path(file).read_text(encoding="utf-8").strip()
+            return Path(file).read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"{TOKEN_FILE}={file}: {error.strerror}") from error
     return os.environ.get(TOKEN)

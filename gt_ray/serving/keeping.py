@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import BaseModel, Field
 from starlette.convertors import StringConvertor, register_url_convertor
 
-from gt_ray.serving.answers import UPDATE_FILE, ZIP, Answer, media_type
+from gt_ray.serving.answers import NO_ADAPTER, UPDATE_FILE, ZIP, Answer, media_type
 from gt_ray.serving.problems import ProblemError, documented
 from gt_ray.serving.rounds import Round, Stored
 from gt_ray.serving.routes import (
@@ -27,20 +27,19 @@ from gt_ray.serving.routes import (
     uploads,
 )
 from gt_ray.serving.service import Service
-from gt_ray.serving.sources import CLIENT_UPDATE
+from gt_ray.serving.sources import CLIENT_UPDATE, ID
 from gt_ray.serving.tokens import Caller
 
 Kind = TypeVar("Kind")
 router = APIRouter()
-ID = "[0-9a-f]{32}"
-Id = Annotated[str, Path(pattern=f"^{ID}$", description="as it was answered")]
+Id = Annotated[str, Path(pattern=f"^{ID.pattern}$", description="as it was answered")]
 ONE = (*ALWAYS, 404, 422)
 
 
 class IdConvertor(StringConvertor):
     """An id ends before `:close`."""
 
-    regex = ID
+    regex = ID.pattern
 
 
 register_url_convertor("key", IdConvertor())
@@ -211,5 +210,5 @@ def _stored(stored: Stored, accept: str | None) -> Response:
     kind = media_type(accept)
     content = stored.adapter if kind == ZIP else stored.update_file
     if content is None:
-        raise ProblemError(406, f"updates of full weights are no adapter; accept {UPDATE_FILE}")
+        raise ProblemError(406, NO_ADAPTER)
     return file(content, kind, stored.headers)

@@ -85,9 +85,8 @@ class Rounds:
         Raises:
             ValueError: the caller has too many.
         """
-        new = secrets.token_hex(16)
         with self._connection() as db:
-            self._check_room(db, caller)
+            new = self._new_id(db, caller)
             db.execute(
                 "INSERT INTO rounds (id, owner, pooling, checkpoint, created) VALUES (?, ?, ?, ?, ?)",
                 (new, caller.name, pooling, checkpoint, time.time()),
@@ -168,9 +167,8 @@ class Rounds:
         Raises:
             ValueError: the caller has too many.
         """
-        new = secrets.token_hex(16)
         with self._connection() as db:
-            self._check_room(db, caller)
+            new = self._new_id(db, caller)
             db.execute(
                 "INSERT INTO updates VALUES (?, ?, ?, ?, ?)", (new, caller.name, time.time(), checkpoint, content)
             )
@@ -203,10 +201,12 @@ class Rounds:
         is_closing = number is None and closing is not None and time.time() - closing < CLOSING_S
         return Round(id, pooling, checkpoint, number or members, number is None, owner == caller.name, is_closing)
 
-    def _check_room(self, db: sqlite3.Connection, caller: Caller) -> None:
+    def _new_id(self, db: sqlite3.Connection, caller: Caller) -> str:
+        """An id for something more of this caller's, where there is room for it."""
         counts = "SELECT (SELECT COUNT(*) FROM rounds WHERE owner = ?) + (SELECT COUNT(*) FROM updates WHERE owner = ?)"
         if db.execute(counts, (caller.name, caller.name)).fetchone()[0] >= self.most:
             raise ValueError(f"you have {self.most} rounds and kept updates; remove one first")
+        return secrets.token_hex(16)
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 import uuid
 from collections.abc import Mapping
@@ -86,11 +87,13 @@ class EndpointSource:
         content = self.endpoint.kept_adapter(id)
         if content is None:
             return None
-        with tempfile.TemporaryDirectory(dir=self.folder.name) as scratch:
-            root = self._root_of(read_tensors(unpack(content, Path(scratch)).folder / ADAPTER_WEIGHTS)[1], base_model)
         folder = Path(self.folder.name) / f"{id}-{uuid.uuid4().hex[:8]}"
-        adapter = unpack(content, folder, base_model)
-        read_adapter(folder, root)
+        try:
+            adapter = unpack(content, folder, base_model)
+            read_adapter(folder, self._root_of(read_tensors(folder / ADAPTER_WEIGHTS)[1], base_model))
+        except UserError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         return adapter
 
     def _root_of(self, metadata: Mapping[str, str], base_model: str) -> Root:

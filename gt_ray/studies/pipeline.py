@@ -17,7 +17,7 @@ from gt_ray.baselines.controls import CONTROLS, Shadows, ShadowSet
 from gt_ray.baselines.proxy_tuning import share_vocabulary
 from gt_ray.config import Config
 from gt_ray.curation.run import run_fine_tunes
-from gt_ray.curation.study import ROOTS, Study, load_roots
+from gt_ray.curation.study import Study, load_roots, root_file
 from gt_ray.errors import UserError
 from gt_ray.evaluation.run import score
 from gt_ray.evaluation.scorer import System
@@ -48,7 +48,7 @@ def prepare(config: Config) -> Study:
     write_atomically(run / "config.yaml", config.to_yaml().encode())
     write_atomically(run / "units.json", json.dumps(keys).encode())
     for side, root in study.roots.items():
-        root.save(run / ROOTS / f"{side}.safetensors")  # who serves the run needs no base models
+        root.save(root_file(run, side))  # who serves the run needs no base models
     return study
 
 
@@ -82,6 +82,7 @@ def generate_stage(study: Study) -> None:
     with _timed(study, "generate"):
         refines = study.config.grad_transformer.refinement.steps > 0
         refined = finished_updates(study, generated_updates(study, model)) if refines else {}
+        checkpoint = model.fingerprint()
         for client in study.data.clients:
             generate_adapter(
                 model,
@@ -90,6 +91,7 @@ def generate_stage(study: Study) -> None:
                 [update_file(run, client)],
                 run / "adapters" / client.name,
                 refine=_known(refined[client.name]) if refined else None,
+                checkpoint=checkpoint,
             )
 
 

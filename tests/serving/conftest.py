@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gt_ray.curation.study import ROOTS
+from gt_ray.curation.jobs import Side
+from gt_ray.curation.study import root_file
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.pairs.root import Root
 from gt_ray.serving.tokens import add_token
@@ -59,9 +60,9 @@ class Served:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
 
-    def root(self, side: str) -> Root:
+    def root(self, side: Side) -> Root:
         """A root of the pair."""
-        return Root.load(self.runs[0] / ROOTS / f"{side}.safetensors")
+        return Root.load(root_file(self.runs[0], side))
 
     def model(self, number: int = 0) -> GradTransformer:
         """A checkpoint's model, to generate without the endpoint."""
