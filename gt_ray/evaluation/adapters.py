@@ -46,8 +46,8 @@ class AdapterScores:
     def __init__(self, config: Config, task: str, rows: Sequence[Row], out: Path) -> None:
         self.task, self.rows, self.out = task, rows, out
         self.settings = config.evaluation
-        self.engine = engine_of(self.settings)
         self.name = config.pair.llm.model
+        self.engine = engine_of(self.settings, self.name)
         self.model = config.pair.llm.model_copy(update={"model": str(resolve(self.name).resolve())})
         self._linears = linears(Path(self.model.model))
         self.scores: dict[str, list[RowScore]] = {}

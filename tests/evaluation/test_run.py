@@ -47,12 +47,18 @@ def _key_of(study: Study, system: System, client: Client) -> str:
 
 def test_vllm_is_the_engine_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     engines: tuple[Engine, ...] = ("auto", "vllm", "transformers")
-    chosen = [engine_of(EvaluationSettings(engine=engine)) for engine in engines]
+    chosen = [engine_of(EvaluationSettings(engine=engine), "embedded:llm") for engine in engines]
     assert chosen == ["vllm", "vllm", "transformers"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert engine_of(EvaluationSettings()) == "transformers"
+    assert engine_of(EvaluationSettings(), "embedded:llm") == "transformers"
     with pytest.raises(UserError, match="vLLM is not installed"):
-        engine_of(EvaluationSettings(engine="vllm"))
+        engine_of(EvaluationSettings(engine="vllm"), "embedded:llm")
+
+
+def test_models_whose_heads_vllm_does_not_serve_on_cpus_are_scored_by_transformers() -> None:
+    assert engine_of(EvaluationSettings(), "embedded:llm-wide") == "transformers"
+    with pytest.raises(UserError, match="size 28"):
+        engine_of(EvaluationSettings(engine="vllm"), "embedded:llm-wide")
 
 
 @pytest.mark.ray

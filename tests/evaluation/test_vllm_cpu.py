@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gt_ray.evaluation.vllm_cpu import add_lora_linear
+from gt_ray.evaluation.vllm_cpu import HEAD_SIZES, add_lora_linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -37,3 +37,10 @@ def test_every_token_gets_the_product_of_its_own_adapter(dtype: torch.dtype) -> 
     assert torch.allclose(y_no.double(), expected_no, atol=1e-5 if dtype == torch.float32 else 0.1)
     assert torch.equal(y_no[3], before_no[3]) and torch.equal(y_no[:, 5:12], before_no[:, 5:12])
     add_lora_linear(SimpleNamespace(no_lora=True), y_no, x_nd, a, tuple(b), 0.5, sizes)
+
+
+@pytest.mark.vllm
+def test_the_sizes_of_heads_are_those_of_the_installed_vllm() -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert list(HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()
