@@ -207,6 +207,17 @@ class TrainingSettings(Section):
     workers: int = Field(1, ge=1)
     num_gpus: float = Field(0, ge=0, description="GPUs of one training worker")
     num_cpus: float = Field(1, gt=0, description="CPUs of one training worker")
+    strategy: Literal["ddp", "zero1", "zero2", "zero3"] = Field(
+        "ddp",
+        description="what the workers share out: nothing (ddp), or by DeepSpeed the optimizer's state (zero1), gradients "
+        "too (zero2), weights too (zero3)",
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products; weights are kept in float32")
+    accumulation: int = Field(1, ge=1, description="passes that the batch of an optimizer step is cut into")
+    activation_checkpointing: bool = Field(
+        False, description="compute activations of a layer of phi again in the backward pass instead of keeping them"
+    )
+    offload: bool = Field(False, description="keep the optimizer's state in the machine's memory (zero1 to zero3)")
     seed: int = 0
     behaviour: BehaviourSettings = BehaviourSettings()
 
@@ -214,6 +225,8 @@ class TrainingSettings(Section):
     def _check(self) -> TrainingSettings:
         if not self.epochs and not self.behaviour.steps:
             raise ValueError("epochs=0 and behaviour.steps=0 leave nothing to train")
+        if self.offload and self.strategy == "ddp":
+            raise ValueError("offload=true needs strategy=zero1, zero2 or zero3")
         return self
 
 
@@ -242,6 +255,12 @@ class GradTransformerSettings(Section):
     input_clip: float = Field(6.0, gt=0, description="standardised inputs are clipped to +- this (decision 7)")
     linear_rank: int = Field(
         0, ge=0, description="most principal components of the linear path; 0: no linear path, as in the paper"
+    )
+    chunk: int | None = Field(
+        None,
+        ge=8,
+        description="coordinates of a token of phi: blocks are cut into chunks, whose ends do not grow with the LLM; none: "
+        "a block is a token, as in the paper",
     )
     scale_floor: float = Field(0.1, ge=0, description="floor of a scale, as a share of its module's RMS (decision 7)")
     training: TrainingSettings = TrainingSettings()
