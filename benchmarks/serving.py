@@ -34,7 +34,8 @@ from torch import Tensor
 
 from gt_ray.config import PhiSettings, load_config
 from gt_ray.curation.study import load_roots, root_file
-from gt_ray.grad_transformer.network import GradTransformer, make_phi
+from gt_ray.grad_transformer.network import GradTransformer
+from gt_ray.grad_transformer.phi import make_phi
 from gt_ray.updates.layout import Layout
 from gt_ray.updates.update_files import UpdateInfo, parse_update, update_bytes
 

@@ -21,7 +21,8 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 
 from gt_ray.config import LoraSettings
-from gt_ray.grad_transformer.network import GradTransformer, phi_of
+from gt_ray.grad_transformer.network import GradTransformer
+from gt_ray.grad_transformer.phi import phi_of
 from gt_ray.pairs.families import known_config, layout_of
 
 PAIRS = {

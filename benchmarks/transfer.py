@@ -32,7 +32,8 @@ from gt_ray.config import load_config
 from gt_ray.curation.study import load_roots
 from gt_ray.evaluation.proxy_scorer import ProxyScorer
 from gt_ray.evaluation.scorer import System, TransformersScorer
-from gt_ray.grad_transformer.network import GradTransformer, make_phi
+from gt_ray.grad_transformer.network import GradTransformer
+from gt_ray.grad_transformer.phi import make_phi
 from gt_ray.tasks.embedded import rows
 
 TASK, ROWS, GENERATED = "gsm8k", 50, 20

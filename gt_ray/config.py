@@ -205,12 +205,17 @@ class TrainingSettings(Section):
     pool_max: int = Field(1, ge=1, description="N_max: a training input pools 1 to N_max shadows of one task")
     checkpoint_epochs: int = Field(1, ge=1, description="epochs between two checkpoints and validations")
     workers: int = Field(1, ge=1)
+    min_workers: int | None = Field(
+        None,
+        ge=1,
+        description="go on with so few workers when nodes leave, take more as they come; none: `workers`",
+    )
     num_gpus: float = Field(0, ge=0, description="GPUs of one training worker")
     num_cpus: float = Field(1, gt=0, description="CPUs of one training worker")
     strategy: Literal["ddp", "zero1", "zero2", "zero3"] = Field(
         "ddp",
-        description="what the workers share out: nothing (ddp), or by DeepSpeed the optimizer's state (zero1), gradients "
-        "too (zero2), weights too (zero3)",
+        description="what the workers share out: nothing (ddp), or by DeepSpeed the optimizer's state (zero1), "
+        "gradients too (zero2), weights too (zero3)",
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products; weights are kept in float32")
     accumulation: int = Field(1, ge=1, description="passes that the batch of an optimizer step is cut into")
@@ -225,6 +230,8 @@ class TrainingSettings(Section):
     def _check(self) -> TrainingSettings:
         if not self.epochs and not self.behaviour.steps:
             raise ValueError("epochs=0 and behaviour.steps=0 leave nothing to train")
+        if self.min_workers and self.min_workers > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} are more than workers={self.workers}")
         if self.offload and self.strategy == "ddp":
             raise ValueError("offload=true needs strategy=zero1, zero2 or zero3")
         return self
@@ -259,8 +266,8 @@ class GradTransformerSettings(Section):
     chunk: int | None = Field(
         None,
         ge=8,
-        description="coordinates of a token of phi: blocks are cut into chunks, whose ends do not grow with the LLM; none: "
-        "a block is a token, as in the paper",
+        description="coordinates of a token of phi: blocks are cut into chunks, whose ends do not grow with the LLM; "
+        "none: a block is a token, as in the paper",
     )
     scale_floor: float = Field(0.1, ge=0, description="floor of a scale, as a share of its module's RMS (decision 7)")
     training: TrainingSettings = TrainingSettings()

@@ -17,24 +17,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from gt_ray.config import PhiSettings
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.certainty import Certainty, Estimate
 from gt_ray.grad_transformer.linear import LinearPath
+from gt_ray.grad_transformer.phi import phi_of
 from gt_ray.grad_transformer.standardise import Standardiser
+from gt_ray.pairs.models import weight_files
 from gt_ray.pairs.root import checksum
 from gt_ray.updates.files import write_atomically
 from gt_ray.updates.layout import Layout
 
 if TYPE_CHECKING:
-    from transformers import T5Config, T5Model
+    from transformers import T5Model
 
 FORMAT = "gt-ray-grad-transformer/2"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+MOST_BYTES = 5 * 10**9
+"""Of a file of weights."""
 
 
 class BlockEmbedding(nn.Module):
@@ -204,11 +208,21 @@ class GradTransformer(nn.Module):
         return checksum({name: tensor.cpu() for name, tensor in self.state_dict().items()})
 
     def save(self, folder: Path) -> None:
-        """Write weights and config; `load` needs nothing else."""
+        """Write weights, in shards where they are large, and config; `load` needs nothing else."""
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        write_atomically(folder / WEIGHTS, save(weights, {"format": FORMAT}))
-        config = {
+        # What has no values yet, such as pretrained weights that the trainers read themselves, is left out.
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items() if not tensor.is_meta}
+        plan = split_torch_state_dict_into_shards(weights, max_shard_size=MOST_BYTES)
+        for file, names in plan.filename_to_tensors.items():
+            write_atomically(folder / file, save({name: weights[name] for name in names}, {"format": FORMAT}))
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            write_atomically(folder / f"{WEIGHTS}.index.json", json.dumps(index).encode())
+        write_atomically(folder / CONFIG, json.dumps(self.config()).encode())
+
+    def config(self) -> dict[str, Any]:
+        """All that `shaped` needs."""
+        return {
             "format": FORMAT,
             "layout_S": self.layout_S.to_json(),
             "layout_T": self.layout_T.to_json(),
@@ -218,7 +232,21 @@ class GradTransformer(nn.Module):
             "shadows": [len(self.certainty.known_KP), len(self.certainty.error_V)] if self.certainty else [0, 0],
             "phi": self.phi.config.to_diff_dict() if self.phi else None,
         }
-        write_atomically(folder / CONFIG, json.dumps(config).encode())
+
+    @classmethod
+    def shaped(cls, config: dict[str, Any]) -> GradTransformer:
+        """One with random weights, by the `config` of another."""
+        from transformers import T5Config
+
+        return cls(
+            Layout.from_json(config["layout_S"]),
+            Layout.from_json(config["layout_T"]),
+            phi_of(T5Config(**config["phi"])) if config["phi"] else None,
+            config["roots"],
+            config["input_clip"],
+            config.get("linear_rank", 0),
+            tuple(config.get("shadows", (0, 0))),
+        )
 
     @classmethod
     def load(cls, folder: Path) -> GradTransformer:
@@ -227,22 +255,10 @@ class GradTransformer(nn.Module):
         Raises:
             UserError: absent or damaged.
         """
-        from transformers import T5Config
-
         try:
-            config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            if config.get("format") != FORMAT:
-                raise UserError(f"{folder} is no Grad-Transformer checkpoint ({FORMAT})")
-            model = cls(
-                Layout.from_json(config["layout_S"]),
-                Layout.from_json(config["layout_T"]),
-                phi_of(T5Config(**config["phi"])) if config["phi"] else None,
-                config["roots"],
-                config["input_clip"],
-                config.get("linear_rank", 0),
-                tuple(config.get("shadows", (0, 0))),
-            )
-            model.load_state_dict(load_file(folder / WEIGHTS))
+            model = cls.shaped(read_config(folder))
+            weights = {name: tensor for path in weight_files(folder) for name, tensor in load_file(path).items()}
+            model.load_state_dict(weights)
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -250,44 +266,18 @@ class GradTransformer(nn.Module):
         return model.eval()
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a Grad-Transformer in a folder.
+
+    Raises:
+        UserError: it is of something else.
+    """
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if config.get("format") != FORMAT:
+        raise UserError(f"{folder} is no Grad-Transformer checkpoint ({FORMAT})")
+    return config
+
+
 def block_loss(prediction_NLd: Tensor, target_NLd: Tensor) -> Tensor:
     """Eq. 10: squared L2 norm of a block's error, averaged over tuples and blocks."""
     return (prediction_NLd - target_NLd).square().sum(-1).mean()
-
-
-def make_phi(settings: PhiSettings) -> T5Model:
-    """phi: a pretrained T5, or one from scratch by size. Without token embeddings, which blocks do not need."""
-    from transformers import T5Config, T5Model
-
-    if settings.pretrained is None:
-        return phi_of(
-            T5Config(
-                vocab_size=1,
-                eos_token_id=0,
-                d_model=settings.d_model,
-                d_kv=settings.d_model // settings.heads,
-                d_ff=settings.d_ff,
-                num_layers=settings.layers,
-                num_heads=settings.heads,
-                dropout_rate=settings.dropout,
-                feed_forward_proj="gated-gelu",
-                relative_attention_max_distance=64,
-            )
-        )
-    try:
-        phi = T5Model.from_pretrained(settings.pretrained, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"grad_transformer.phi.pretrained={settings.pretrained!r}: {error}") from error
-    return _drop_embeddings(phi)
-
-
-def phi_of(config: T5Config) -> T5Model:
-    """phi with random weights, of a T5 config."""
-    from transformers import T5Model
-
-    return _drop_embeddings(T5Model(config))
-
-
-def _drop_embeddings(phi: T5Model) -> T5Model:
-    phi.shared = phi.encoder.embed_tokens = phi.decoder.embed_tokens = None
-    return phi

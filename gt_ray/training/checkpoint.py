@@ -1,71 +1,134 @@
-"""Checkpoints of a training: the models that are kept, and all that is needed to go on exactly. No pickle anywhere."""
+"""Checkpoints of a training phase: the shards of every worker, and all that is needed to go on exactly. No pickle.
+
+checkpoint/
+  shards-<n>.safetensors    weights, moments and averages that worker n keeps (shards.py)
+  rest-<pair>.safetensors   standardisers and certainty of each pair
+  config-<pair>.json        of each pair's model
+  training.json, history.json
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
-from gt_ray.grad_transformer.network import WEIGHTS
+from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.grad_transformer.several import SeveralPairs
+from gt_ray.pairs.models import weight_files
+from gt_ray.training.shards import AVERAGE, WEIGHT, ShardFiles, restore_shards, save_shards
+from gt_ray.training.strategies import Strategy
 
 STATE, HISTORY = "training.json", "history.json"
 
 
-def numbered(name: str, pair: int) -> str:
-    """A file or folder of a pair: `model`, `model-1`, ... before the suffix."""
-    stem, dot, suffix = name.partition(".")
-    return f"{stem}-{pair}{dot}{suffix}" if pair else name
+def save(folder: Path, strategy: Strategy, rank: int, progress: Mapping[str, Any], history: Sequence[Any]) -> None:
+    """One worker's part of a checkpoint; the first one also writes what all of them have.
+
+    Args:
+        progress: numbers that `restore` returns.
+    """
+    if strategy.shared_out or not rank:
+        save_shards(folder / f"shards-{rank}.safetensors", strategy.shards)
+    if rank:
+        return
+    for i, pair in enumerate(strategy.model.pairs):
+        rest = dict(pair.named_buffers())
+        save_file({name: tensor.contiguous() for name, tensor in rest.items()}, folder / f"rest-{i}.safetensors")
+        (folder / f"config-{i}.json").write_text(json.dumps(pair.config()), encoding="utf-8")
+    (folder / HISTORY).write_text(json.dumps(list(history)), encoding="utf-8")
+    (folder / STATE).write_text(json.dumps(dict(progress)), encoding="utf-8")
 
 
-def finished(model: SeveralPairs, averaged: AveragedModel) -> SeveralPairs:
-    """The averaged model as soon as there is one, else the model itself."""
-    return cast(SeveralPairs, averaged.module) if averaged.n_averaged else model
+def shard_files(folder: Path) -> ShardFiles:
+    """The shards of a checkpoint."""
+    return ShardFiles(sorted(folder.glob("shards-*.safetensors")))
 
 
-def save(
-    folder: Path,
-    model: SeveralPairs,
-    averaged: AveragedModel,
-    optimizer: Any,
-    schedule: Any,
-    history: list[dict[str, float]],
-) -> None:
-    """A checkpoint from which `restore` goes on; its `model`, `model-1`, ... are the averaged ones."""
-    for i, (own, kept) in enumerate(zip(model.pairs, finished(model, averaged).pairs, strict=True)):
-        kept.save(folder / numbered("model", i))
-        weights = {name: value.contiguous() for name, value in own.state_dict().items()}
-        save_file(weights, folder / numbered(WEIGHTS, i))
-    state = optimizer.state_dict()["state"]
-    save_file(
-        {f"{i}.{name}": value.contiguous() for i, entry in state.items() for name, value in entry.items()},
-        folder / "optimizer.safetensors",
-    )
-    (folder / HISTORY).write_text(json.dumps(history), encoding="utf-8")
-    progress = {"step": schedule.last_epoch, "averaged": int(averaged.n_averaged)}
-    (folder / STATE).write_text(json.dumps(progress), encoding="utf-8")
-
-
-def restore(
-    folder: Path, model: SeveralPairs, averaged: AveragedModel, optimizer: Any, schedule: Any
-) -> tuple[int, list[dict[str, float]]]:
-    """Set everything as it was when `save` wrote it; returns steps done and the history."""
-    for i, (own, kept) in enumerate(zip(model.pairs, cast(SeveralPairs, averaged.module).pairs, strict=True)):
-        own.load_state_dict(load_file(folder / numbered(WEIGHTS, i)))
-        kept.load_state_dict(load_file(folder / numbered("model", i) / WEIGHTS))
-    entries: dict[int, dict[str, Tensor]] = {}
-    for name, value in load_file(folder / "optimizer.safetensors").items():
-        number, _, part = name.partition(".")
-        entries.setdefault(int(number), {})[part] = value
+def restore(folder: Path, strategy: Strategy) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """Set everything as it was when `save` wrote it; returns progress and history."""
+    with shard_files(folder) as files:
+        restore_shards(strategy.shards, files)
+    strategy.publish()
+    for i, pair in enumerate(strategy.model.pairs):
+        _set_buffers(pair, folder, i)
     progress = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    step = int(progress["step"])
-    averaged.n_averaged.fill_(int(progress["averaged"]))
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-    schedule.last_epoch = step
-    for group, rate, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-        group["lr"] = rate * factor(step)
-    return step, json.loads((folder / HISTORY).read_text(encoding="utf-8"))
+    return progress, json.loads((folder / HISTORY).read_text(encoding="utf-8"))
+
+
+@torch.no_grad()
+def load_weights(
+    model: SeveralPairs,
+    sources: Sequence[ShardFiles],
+    rank: int = 0,
+    kinds: Sequence[str] = (WEIGHT,),
+) -> None:
+    """Fill a model from the first source that has a parameter; with zero3 a worker reads its own part of it alone.
+
+    Raises:
+        ValueError: a parameter is in none of them.
+    """
+    parameter: Any  # DeepSpeed adds to it
+    for name, parameter in model.named_parameters():
+        own, start = parameter.data, 0
+        if hasattr(parameter, "ds_tensor"):
+            own = parameter.ds_tensor
+            start = min(rank * own.ds_numel, parameter.ds_numel)
+        n = min(own.numel(), getattr(parameter, "ds_numel", own.numel()) - start)
+        tried = (source.read(name, start, n, kind) for source in sources for kind in kinds)
+        found = next((part for part in tried if part is not None), None) if n else own.new_zeros(0)
+        if found is None:
+            raise ValueError(f"the weights of {name} are nowhere")
+        own.view(-1)[:n].copy_(found)
+
+
+def shaped(configs: Sequence[dict[str, Any]]) -> SeveralPairs:
+    """Models with random weights, by their configs."""
+    return SeveralPairs([GradTransformer.shaped(config) for config in configs])
+
+
+def load_buffers(model: SeveralPairs, starts: Sequence[Path]) -> None:
+    """Standardisers and certainty of each pair, as `GradTransformer.save` wrote them."""
+    for pair, start in zip(model.pairs, starts, strict=True):
+        buffers = dict(pair.named_buffers())
+        for path in weight_files(start):
+            with safe_open(path, framework="pt") as file:
+                for name in buffers.keys() & set(file.keys()):
+                    buffers[name].copy_(file.get_tensor(name))
+
+
+def start_files(starts: Sequence[Path]) -> list[ShardFiles]:
+    """The weights of the models in folders, by the names that they have together."""
+
+    def rename(name: str, pair: int) -> str | None:
+        mine = f"models.{pair}."
+        return name.removeprefix(mine) if name.startswith(mine) else None
+
+    return [ShardFiles(weight_files(start), partial(rename, pair=i)) for i, start in enumerate(starts)]
+
+
+def export(checkpoint: Path, starts: Sequence[Path], pair: int, out: Path) -> None:
+    """Write one pair's model as a folder that `GradTransformer.load` reads: the averaged weights where there are.
+
+    Args:
+        starts: the models of all pairs before this phase, for what rested in it.
+    """
+    configs = [json.loads((checkpoint / f"config-{i}.json").read_text(encoding="utf-8")) for i in range(len(starts))]
+    model = shaped(configs)
+    with ExitStack() as opened:
+        sources = [opened.enter_context(files) for files in (shard_files(checkpoint), *start_files(starts))]
+        load_weights(model, sources, kinds=(AVERAGE, WEIGHT))
+    _set_buffers(model.pairs[pair], checkpoint, pair)
+    model.pairs[pair].save(out)
+
+
+def _set_buffers(pair: GradTransformer, checkpoint: Path, number: int) -> None:
+    for name, tensor in load_file(checkpoint / f"rest-{number}.safetensors").items():
+        pair.get_buffer(name).copy_(tensor)

@@ -65,8 +65,8 @@ def epoch_rows(keys: list[dict[str, Any]], epochs: range, seed: int) -> list[dic
     return [row for epoch in epochs for row in random.Random(f"{seed}/{epoch}").sample(keys, len(keys))]
 
 
-def streams(study: Study, keys: dict[bool, list[dict[str, Any]]], seed: int) -> dict[str, Any]:
-    """The Ray Data data sets of a pair: training and validation tuples, and for training on behaviour the inputs.
+def streams(study: Study, keys: dict[bool, list[dict[str, Any]]], seed: int, phase: str) -> dict[str, Any]:
+    """The Ray Data data sets of a pair: validation tuples, and those of training, or of the behaviour phase the inputs.
 
     Args:
         keys: of the training (False) and validation shadows.
@@ -74,18 +74,19 @@ def streams(study: Study, keys: dict[bool, list[dict[str, Any]]], seed: int) -> 
     import ray.data
 
     training = study.config.grad_transformer.training
-    rows = epoch_rows(keys[False], range(max(1, training.epochs)), seed)
     load = partial(load_tuples, store=study.store, seed=seed)
     found = {
-        "train": ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // (8 * UNITS_A_TASK))).map_batches(
-            load, fn_kwargs={"last_only": False}, batch_size=UNITS_A_TASK, num_cpus=0.5
-        ),
-        "validation": ray.data.from_items(keys[True]).map_batches(load, fn_kwargs={"last_only": True}, num_cpus=0.5),
+        "validation": ray.data.from_items(keys[True]).map_batches(load, fn_kwargs={"last_only": True}, num_cpus=0.5)
     }
-    if training.behaviour.steps:
+    if phase == "behaviour":
         found["inputs"] = ray.data.from_items(input_keys(study)).map_batches(
             load_input_batch, fn_kwargs={"store": study.store}, num_cpus=0.5
         )
+    else:
+        rows = epoch_rows(keys[False], range(training.epochs), seed)
+        found["train"] = ray.data.from_items(
+            rows, override_num_blocks=max(1, len(rows) // (8 * UNITS_A_TASK))
+        ).map_batches(load, fn_kwargs={"last_only": False}, batch_size=UNITS_A_TASK, num_cpus=0.5)
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -40,21 +40,26 @@ class Validation:
             self.draws.append([(k, random.Random(f"{k}/{i}").randrange(2**31)) for i, k in enumerate(shadows)])
 
     @torch.no_grad()
-    def __call__(self, model: GradTransformer) -> dict[str, float]:
-        """Measures by name; the model's certainty learns the errors."""
+    def __call__(self, model: GradTransformer, own: Callable[..., Tensor] | None = None) -> dict[str, float]:
+        """Measures by name; the model's certainty learns the errors.
+
+        Args:
+            own: the model's forward pass, if it is wrapped for training.
+        """
+        own = own or model
         model.eval()
         tuples = self.tuples
         target = model.standard_T(tuples.T_NLd)
-        error_N = (model(tuples.S_NLd) - target).square().flatten(1).sum(1)
+        error_N = (own(tuples.S_NLd) - target).square().flatten(1).sum(1)
         of_mean_N = target.square().flatten(1).sum(1)
         if model.certainty is not None:
             model.certainty.set_errors(error_N / of_mean_N, of_behaviour=False)
         found = {
-            "validation_loss": float(block_loss(model(tuples.S_NLd, tuples.T_NLd), target)),
+            "validation_loss": float(block_loss(own(tuples.S_NLd, tuples.T_NLd), target)),
             "validation_generated": float(error_N.sum() / of_mean_N.sum()),
         }
         if self.llm is not None:
-            update_MLd = model.standard_T.inverse(model(tuples.mixed(self.weights_MN)[0]))
+            update_MLd = model.standard_T.inverse(own(tuples.mixed(self.weights_MN)[0]))
             loss_M, _ = self.llm(update_MLd, self.draws)
             found["validation_behaviour"] = float(loss_M.mean())
             if model.certainty is not None:

@@ -1,7 +1,8 @@
-"""What each Ray Train worker runs: optimizer steps, validation, checkpoints.
+"""What each Ray Train worker runs: the optimizer steps of one phase, validation, checkpoints.
 
-Steps come in two phases: Eq. 10 under teacher forcing, then the behaviour loss of freely generated updates, if any.
-With P pairs, step s is that of pair s % P, so each has as many as it would have alone; what is not its own rests.
+There are two phases: Eq. 10 under teacher forcing ("tuples"), then the behaviour loss of freely generated updates
+("behaviour"). Each has an optimizer of its own and begins with the models that the one before left. With P pairs, step
+s is that of pair s % P, so each has as many as it would have alone; what is not its own rests.
 """
 
 from __future__ import annotations
@@ -12,166 +13,201 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
 
-from gt_ray.config import BehaviourSettings, TrainingSettings
-from gt_ray.grad_transformer.network import GradTransformer, block_loss
+from gt_ray.config import TrainingSettings
+from gt_ray.grad_transformer.network import GradTransformer, block_loss, read_config
+from gt_ray.grad_transformer.phi import phi_files, pretrained_name
 from gt_ray.grad_transformer.several import SeveralPairs
 from gt_ray.training.behaviour import Draw, LlmActors
-from gt_ray.training.checkpoint import finished, restore, save
+from gt_ray.training.checkpoint import load_buffers, load_weights, restore, save, shaped, start_files
 from gt_ray.training.inputs import Inputs
+from gt_ray.training.shards import ShardFiles, average, swap_averages
+from gt_ray.training.strategies import Groups, Strategy, construction, start_strategy
 from gt_ray.training.tuples import Tuples, mixing_weights
 from gt_ray.training.validation import Validation, together
 
+Phase = Literal["tuples", "behaviour"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A phase of a training.
+
+    Attributes:
+        starts: folders of the models that it begins with, one of each pair.
+        phi: the pretrained phi whose weights they have not.
+        first, history: optimizer steps of all pairs before this phase, and what was measured in them.
+        steps: of this phase, of all pairs.
+        checkpoint_steps: between two checkpoints.
+        progress: file that the number of steps is written to.
+        events: folder of TensorBoard's events.
+    """
+
+    phase: Phase
+    starts: list[str]
+    settings: TrainingSettings
+    phi: Any
+    seed: int
+    first: int
+    steps: int
+    checkpoint_steps: int
+    domains: list[str]
+    llms: list[LlmActors]
+    progress: str
+    events: str
+    history: list[dict[str, float]] = field(default_factory=list)
+
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Train from the models in `config["starts"]`, or from Ray Train's last checkpoint; report checkpoints."""
+    """Go through a phase (`config["task"]`) from its start, or from Ray Train's last checkpoint."""
     import ray.train
     import ray.train.torch
     from torch.utils.tensorboard import SummaryWriter
 
-    settings = TrainingSettings.model_validate(config["training"])
-    llms: list[LlmActors] = config["llms"]
+    task: Task = config["task"]
+    settings, P = task.settings, len(task.starts)
     context = ray.train.get_context()
-    world, rank = context.get_world_size(), context.get_world_rank()
-    model = SeveralPairs([GradTransformer.load(Path(start)) for start in config["starts"]]).train()
-    P = len(model.pairs)
-    # Moves the model, so before the optimizer takes its parameters. Buffers are the same on all workers, and large.
-    wrapping = {"broadcast_buffers": False, "find_unused_parameters": model.some_rest}
-    trained = ray.train.torch.prepare_model(model, parallel_strategy_kwargs=wrapping)
-    steps, first_behaviour = config["steps"], config["steps"] - P * settings.behaviour.steps
-    optimizer, schedule = optimizer_of(model, steps, settings)
-    averaged = averaged_of(model, settings.behaviour)
-    done = 0
-    history: list[dict[str, float]] = []
+    world, rank, device = context.get_world_size(), context.get_world_rank(), ray.train.torch.get_device()
+    strategy = begin(task, rank, device)
+    pairs = strategy.model.pairs
+    done, history = 0, list(task.history)
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
-            done, history = restore(Path(folder), model, averaged, optimizer, schedule)
-    device = ray.train.torch.get_device()
-    validations = [
-        Validation(_validation_tuples(i, device), llm) for i, llm in enumerate(llms or itertools.repeat(None, P))
-    ]
-    writer = SummaryWriter(config["events"]) if rank == 0 else None
-    inputs = [Inputs.of(list(_batches(f"inputs-{i}", 64, device)), config["domains"]) for i in range(len(llms))]
+            progress, history = restore(Path(folder), strategy)
+            done = progress["step"]
+    of_pairs = task.llms or itertools.repeat(None, P)
+    validations = [Validation(_validation_tuples(i, device), llm) for i, llm in enumerate(of_pairs)]
+    inputs = [Inputs.of(list(_batches(f"inputs-{i}", 64, device)), task.domains) for i in range(len(task.llms))]
     # Ray Data may have more batches than there are steps, by rounding; behaviour needs none.
-    of_pairs = (_batches(f"train-{i}", settings.batch_size // world, device, drop_last=True) for i in range(P))
-    turns = itertools.chain.from_iterable(zip(*of_pairs, strict=False))
-    # The data of steps that a checkpoint already holds are passed over, those of a whole phase are not even read.
-    first_phase = itertools.islice(turns, done, first_behaviour) if done < first_behaviour else ()
-    batches = itertools.chain(first_phase, itertools.repeat({}))
+    batches: Iterator[dict[str, Tensor]] = itertools.repeat({})
+    if task.phase == "tuples":
+        shares = [_batches(f"train-{i}", settings.batch_size // world, device, drop_last=True) for i in range(P)]
+        # The data of steps that a checkpoint already holds are passed over.
+        batches = itertools.islice(itertools.chain.from_iterable(zip(*shares, strict=False)), done, None)
+    writer = SummaryWriter(task.events) if rank == 0 else None
     losses: list[float] = []
-    started = time.perf_counter()
-    for step, batch in zip(range(done, steps), batches, strict=False):
+    started, waited_s = time.perf_counter(), 0.0
+    for step in range(done, task.steps):
         i = step % P
-        pair, own = model.pairs[i], partial(trained, i)
-        step_seed = config["seed"] * 1_000_003 + step * world + rank
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        waited_s += time.perf_counter() - asked
+        if batch is None:
+            break
+        step_seed = task.seed * 1_000_003 + (task.first + step) * world + rank
         torch.manual_seed(step_seed)  # dropout
-        optimizer.zero_grad()
-        if step < first_behaviour:
-            mixed = Tuples.of(batch)
+        if task.phase == "tuples":
             generator = torch.Generator().manual_seed(step_seed)
-            update_S, update_T = mixed.mixed(mixing_weights(mixed.task_N, settings.pool_max, generator))
-            loss = block_loss(own(update_S, update_T), pair.standard_T(update_T))
-            loss.backward()
-            losses.append(loss.item())
-            for parameter in pair.linear.parameters() if pair.linear is not None else ():
-                parameter.grad = None  # rests, also in the clipping and in the optimizer's moments
+            passes = tuple_passes(strategy, i, Tuples.of(batch), settings, generator)
         else:
-            size = settings.behaviour.adapters // world
-            drawn = inputs[i].draw(size, settings.behaviour.rows, settings.behaviour.mix, random.Random(step_seed))
-            losses.append(behave(own, pair, *drawn, llms[i]))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-        optimizer.step()
-        schedule.step()
-        if step >= first_behaviour and i == P - 1:
-            averaged.update_parameters(model)
+            behaviour, rng = settings.behaviour, random.Random(step_seed)
+            drawn = inputs[i].draw(behaviour.adapters // world, behaviour.rows, behaviour.mix, rng)
+            passes = [partial(behaviour_loss, partial(strategy, i), pairs[i], *drawn, task.llms[i])]
+        losses.append(strategy.optimize(passes, rates(task, step)))
+        if task.phase == "behaviour" and i == P - 1:
+            average(strategy.shards, settings.behaviour.average, first=step < P)
         if rank == 0 and step % 10 == 0:
-            Path(config["progress"]).write_text(str(step + 1))
-        ends_phase = step + 1 in (first_behaviour, steps)
-        if ends_phase or (step + 1) % config["checkpoint_steps"] == 0:
-            kept = finished(model, averaged)
+            Path(task.progress).write_text(str(task.first + step + 1))
+        if step + 1 == task.steps or (step + 1) % task.checkpoint_steps == 0:
+            wall_s = time.perf_counter() - started
+            with averaged(strategy):
+                validated = together(
+                    [validate(pairs[j], partial(strategy, j)) for j, validate in enumerate(validations)]
+                )
             metrics = {
-                "step": step + 1,
-                "behaviour" if step >= first_behaviour else "loss": math.fsum(losses) / len(losses),
-                **together([validate(one) for validate, one in zip(validations, kept.pairs, strict=True)]),
-                "wall_s": time.perf_counter() - started,
+                "step": task.first + step + 1,
+                "loss" if task.phase == "tuples" else "behaviour": math.fsum(losses) / len(losses),
+                **validated,
+                "wall_s": wall_s,
+                "data_wait_share": waited_s / wall_s,
             }
             losses.clear()
             history.append(metrics)
             if writer:
                 for name, value in metrics.items():
-                    writer.add_scalar(f"train/{name}", value, step + 1)
-            with tempfile.TemporaryDirectory() as folder:
-                if rank == 0:
-                    save(Path(folder), model, averaged, optimizer, schedule, history)
-                    ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-                else:
-                    ray.train.report(metrics)
+                    writer.add_scalar(f"train/{name}", value, metrics["step"])
+            _report(strategy, rank, {"step": step + 1}, history)
     if writer:
         writer.close()
 
 
-def _batches(name: str, size: int, device: torch.device, drop_last: bool = False) -> Iterator[dict[str, Tensor]]:
-    import ray.train
+def begin(task: Task, rank: int, device: torch.device) -> Strategy:
+    """The models of a phase's start, as its strategy trains them."""
+    starts = [Path(start) for start in task.starts]
+    settings = task.settings
+    if task.phase == "behaviour":
+        settings = settings.model_copy(update={"accumulation": 1})
+    with construction(settings):
+        model = shaped([read_config(start) for start in starts]).train()
+    with ExitStack() as opened:
+        sources = [opened.enter_context(files) for files in start_files(starts)]
+        if task.phi is not None:
+            sources.append(opened.enter_context(ShardFiles(phi_files(task.phi), pretrained_name)))
+        load_weights(model, sources, rank)
+    load_buffers(model, starts)
+    if settings.activation_checkpointing and task.phase == "tuples":
+        checkpoint_layers(model)
+    groups = groups_of(model, task.phase)
+    return start_strategy(model, groups, settings, device, average=task.phase == "behaviour")
 
-    shard = ray.train.get_dataset_shard(name)
-    yield from shard.iter_torch_batches(batch_size=size, device=device, drop_last=drop_last, prefetch_batches=2)
 
-
-def optimizer_of(model: SeveralPairs, steps: int, settings: TrainingSettings) -> tuple[Any, Any]:
-    """Optimizer and learning rates; the linear paths rest in the first phase, where the network learns the residual.
-
-    Args:
-        steps: of all pairs together; the rates follow each pair's own.
-    """
-    P = len(model.pairs)
+def groups_of(model: SeveralPairs, phase: Phase) -> Groups:
+    """What a phase trains, by learning rate: the network; and on behaviour the linear paths, which the network learns
+    the residual of before."""
     of_linear = [parameter for pair in model.pairs if pair.linear is not None for parameter in pair.linear.parameters()]
     known = {id(parameter) for parameter in of_linear}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in known]
-    groups = [(others, False)] * bool(others) + [(of_linear, True)] * bool(of_linear)
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters} for parameters, _ in groups], lr=1.0, weight_decay=settings.weight_decay
-    )
-
-    def rate(step: int, linear: bool) -> float:
-        return learning_rate(step // P, steps // P, settings, linear)
-
-    rates: list[Callable[[int], float]] = [partial(rate, linear=linear) for _, linear in groups]
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+    network = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    groups = [network, of_linear if phase == "behaviour" else []]
+    return [group for group in groups if group]
 
 
-def averaged_of(model: SeveralPairs, settings: BehaviourSettings) -> AveragedModel:
-    """The exponential moving average of the weights over the behaviour phase, which is what is validated and kept."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
-
-
-def learning_rate(step: int, steps: int, settings: TrainingSettings, linear: bool = False) -> float:
-    """Each phase warms up linearly and decays linearly to zero.
-
-    Args:
-        linear: whether it is that of the linear path, which rests in the first phase.
-    """
-    behaviour = settings.behaviour
-    first_behaviour = steps - behaviour.steps
-    if step < first_behaviour:
-        peak, steps = 0.0 if linear else settings.learning_rate, first_behaviour
+def rates(task: Task, step: int) -> list[float]:
+    """Learning rates of the groups at a step of a phase."""
+    settings, behaviour, P = task.settings, task.settings.behaviour, len(task.starts)
+    if task.phase == "tuples":
+        peaks = [settings.learning_rate]
     else:
-        peak = behaviour.linear_learning_rate if linear else behaviour.learning_rate
-        step, steps = step - first_behaviour, behaviour.steps
-    warmup = max(1, round(settings.warmup_share * steps))
-    return peak * min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
+        config = read_config(Path(task.starts[0]))
+        peaks = [behaviour.learning_rate] * bool(config["phi"])
+        peaks += [behaviour.linear_learning_rate] * bool(config["linear_rank"])
+    return [peak * schedule(step // P, task.steps // P, settings.warmup_share) for peak in peaks]
 
 
-def behave(own: Any, model: GradTransformer, update_S_GLd: Tensor, draws: Sequence[Draw], llm: LlmActors) -> float:
-    """Gradients of the mean behaviour loss of G generated updates; returns the loss.
+def schedule(step: int, steps: int, warmup_share: float) -> float:
+    """Share of the peak rate: each phase warms up linearly and decays linearly to zero."""
+    warmup = max(1, round(warmup_share * steps))
+    return min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
 
-    Generation runs freely, for teacher forcing would leak the true update (decision 9).
+
+def tuple_passes(
+    strategy: Strategy, i: int, tuples: Tuples, settings: TrainingSettings, generator: torch.Generator
+) -> list[Callable[[], Tensor]]:
+    """Eq. 10 under teacher forcing of a batch, in `settings.accumulation` parts."""
+    mixed = tuples.mixed(mixing_weights(tuples.task_N, settings.pool_max, generator))
+    standard_T = strategy.model.pairs[i].standard_T
+
+    def one(update_S: Tensor, update_T: Tensor) -> Tensor:
+        return block_loss(strategy(i, update_S, update_T), standard_T(update_T))
+
+    parts = zip(*(whole.chunk(settings.accumulation) for whole in mixed), strict=True)
+    return [partial(one, *part) for part in parts]
+
+
+def behaviour_loss(
+    own: Callable[..., Tensor], model: GradTransformer, update_S_GLd: Tensor, draws: Sequence[Draw], llm: LlmActors
+) -> Tensor:
+    """The mean behaviour loss of G generated updates.
+
+    Generation runs freely, for teacher forcing would leak the true update (decision 9). The LLM's actors return loss
+    and gradient, so what is returned has the value of the one and passes on the other.
 
     Args:
         own: the model's forward pass, perhaps wrapped for data-parallel training.
@@ -179,8 +215,58 @@ def behave(own: Any, model: GradTransformer, update_S_GLd: Tensor, draws: Sequen
     update_GLd = model.standard_T.inverse(own(update_S_GLd))
     loss_G, gradient_GLd = llm(update_GLd, draws, update_S_GLd)
     assert gradient_GLd is not None
-    ((update_GLd * gradient_GLd).sum() / len(draws)).backward()
-    return float(loss_G.mean())
+    linear = (update_GLd * gradient_GLd).sum() / len(draws)
+    return linear - linear.detach() + loss_G.mean()
+
+
+@contextmanager
+def averaged(strategy: Strategy) -> Iterator[None]:
+    """The model with the moving averages in the place of its weights, where these are kept; not in training mode."""
+    kept = any(shard.average is not None for shard in strategy.shards)
+
+    def swap() -> None:
+        if kept:
+            swap_averages(strategy.shards)
+            strategy.publish()
+
+    swap()
+    strategy.model.eval()
+    try:
+        yield
+    finally:
+        strategy.model.train()
+        swap()
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Let layers of phi compute their activations again in the backward pass instead of keeping them."""
+    for pair in model.modules():
+        if isinstance(pair, GradTransformer) and pair.phi is not None:
+            pair.phi.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _report(strategy: Strategy, rank: int, progress: dict[str, Any], history: list[dict[str, float]]) -> None:
+    import ray.train
+    from ray.train import Checkpoint, CheckpointUploadMode
+
+    if not rank or strategy.shared_out:
+        folder = tempfile.mkdtemp()
+        save(Path(folder), strategy, rank, progress, history)
+        ray.train.report(
+            history[-1],
+            checkpoint=Checkpoint.from_directory(folder),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+    else:
+        ray.train.report(history[-1])
+
+
+def _batches(name: str, size: int, device: torch.device, drop_last: bool = False) -> Iterator[dict[str, Tensor]]:
+    import ray.train
+
+    shard = ray.train.get_dataset_shard(name)
+    yield from shard.iter_torch_batches(batch_size=size, device=device, drop_last=drop_last, prefetch_batches=2)
 
 
 def _validation_tuples(pair: int, device: torch.device) -> Tuples:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no PEFT adapter: {ADAPTER_CONFIG}: {error}") from error
     return config
+
+
+def replace_folder(out: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a folder, and put it in the place of `out`."""
+    partial_out = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial_out, ignore_errors=True)
+    write(partial_out)
+    shutil.rmtree(out, ignore_errors=True)
+    partial_out.rename(out)
 
 
 def write_atomically(path: Path, content: bytes, mode: int = 0o666) -> None:

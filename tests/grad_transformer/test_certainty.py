@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from gt_ray.grad_transformer.certainty import NEIGHBOURS, Certainty
-from gt_ray.grad_transformer.network import GradTransformer, make_phi
+from gt_ray.grad_transformer.network import GradTransformer
+from gt_ray.grad_transformer.phi import make_phi
 from tests.grad_transformer.test_network import LAYOUT_S, LAYOUT_T, PHI
 
 

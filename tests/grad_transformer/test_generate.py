@@ -11,7 +11,8 @@ from gt_ray.config import ModelSettings, PhiSettings
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.certainty import Estimate
 from gt_ray.grad_transformer.generate import card, check_roots, generate_adapter
-from gt_ray.grad_transformer.network import GradTransformer, make_phi
+from gt_ray.grad_transformer.network import GradTransformer
+from gt_ray.grad_transformer.phi import make_phi
 from gt_ray.pairs.root import Root, make_root
 from gt_ray.updates.files import read_adapter
 from gt_ray.updates.update_files import UpdateInfo, write_update

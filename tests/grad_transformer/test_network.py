@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gt_ray.config import PhiSettings
 from gt_ray.errors import UserError
-from gt_ray.grad_transformer.network import GradTransformer, block_loss, make_phi
+from gt_ray.grad_transformer.network import GradTransformer, block_loss
+from gt_ray.grad_transformer.phi import make_phi
 from gt_ray.updates.layout import Layout
 
 PHI = PhiSettings(d_model=16, layers=2, heads=2, d_ff=24)

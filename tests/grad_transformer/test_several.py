@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from gt_ray.config import BehaviourSettings, PhiSettings, TrainingSettings
 from gt_ray.errors import UserError
-from gt_ray.grad_transformer.network import GradTransformer, make_phi
+from gt_ray.grad_transformer.network import GradTransformer
+from gt_ray.grad_transformer.phi import make_phi
 from gt_ray.grad_transformer.several import SeveralPairs, share_ends
 from gt_ray.training.worker import optimizer_of
 from gt_ray.updates.layout import Layout

@@ -13,7 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 from gt_ray.config import BehaviourSettings
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
-from gt_ray.grad_transformer.network import GradTransformer, make_phi
+from gt_ray.grad_transformer.network import GradTransformer
+from gt_ray.grad_transformer.phi import make_phi
 from gt_ray.grad_transformer.several import SeveralPairs
 from gt_ray.studies.pipeline import curate_stage
 from gt_ray.training.checkpoint import restore, save

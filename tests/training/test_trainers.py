@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from gt_ray.config import TrainingSettings
 from gt_ray.curation.study import Study
-from gt_ray.grad_transformer.network import GradTransformer, make_phi
+from gt_ray.grad_transformer.network import GradTransformer
+from gt_ray.grad_transformer.phi import make_phi
 from gt_ray.grad_transformer.several import SeveralPairs
 from gt_ray.studies.pipeline import curate_stage
 from gt_ray.training.run import train

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from gt_ray.config import BehaviourSettings, TrainingSettings
-from gt_ray.grad_transformer.network import GradTransformer, make_phi
+from gt_ray.grad_transformer.network import GradTransformer
+from gt_ray.grad_transformer.phi import make_phi
 from gt_ray.grad_transformer.several import SeveralPairs
 from gt_ray.training.worker import learning_rate, optimizer_of
 from tests.grad_transformer.test_network import LAYOUT_S, LAYOUT_T, PHI
