@@ -95,23 +95,36 @@ def steps_of(pair: str, phi: str, device: torch.device, batches: list[int], vari
                     one = [x[:2] for x in (S, T)]
                     if "compile" not in variant:
                         forward(*one).backward()
-                    model.phi.gradient_checkpointing_enable({"use_reentrant": False}) if "checkpointing" in variant else None
+                    model.phi.gradient_checkpointing_enable(
+                        {"use_reentrant": False}
+                    ) if "checkpointing" in variant else None
                 flops = counter.get_total_flops() / 2 * N or found.get(f"flops {pair}", 0) * N
                 if counter.get_total_flops():
                     found[f"flops {pair}"] = flops / N
                 memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-                state = sum(p.nbytes for p in model.parameters()) 
+                state = sum(p.nbytes for p in model.parameters())
                 found[name] = {
-                    "tuples_per_s": N / wall_s, "peak_share": flops / wall_s / peak, "gib": memory / 2**30,
-                    "step_s": wall_s, "weights_gib": state / 2**30, "before_gib": before / 2**30,
-                    "parameters": sum(p.numel() for p in model.parameters()), "first_s": compile_s,
+                    "tuples_per_s": N / wall_s,
+                    "peak_share": flops / wall_s / peak,
+                    "gib": memory / 2**30,
+                    "step_s": wall_s,
+                    "weights_gib": state / 2**30,
+                    "before_gib": before / 2**30,
+                    "parameters": sum(p.numel() for p in model.parameters()),
+                    "first_s": compile_s,
                 }
                 print(pair, name, {k: round(v, 3) for k, v in found[name].items()}, flush=True)
-                if N == profile:
-                    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as prof:
+                if profile == N:
+                    with torch.profiler.profile(
+                        activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+                    ) as prof:
                         step()
                         torch.cuda.synchronize()
-                    print(prof.key_averages().table(sort_by="self_cuda_time_total", row_limit=18, max_name_column_width=60))
+                    print(
+                        prof.key_averages().table(
+                            sort_by="self_cuda_time_total", row_limit=18, max_name_column_width=60
+                        )
+                    )
             except torch.OutOfMemoryError:
                 optimizer.zero_grad()
                 torch.cuda.empty_cache()

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gt_ray.config import BehaviourSettings, PhiSettings, TrainingSettings
+from gt_ray.config import PhiSettings, TrainingSettings
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.grad_transformer.phi import make_phi
 from gt_ray.grad_transformer.several import SeveralPairs, share_ends
-from gt_ray.training.worker import optimizer_of
+from gt_ray.training.strategies import start_strategy
+from gt_ray.training.worker import groups_of
 from gt_ray.updates.layout import Layout
 from tests.grad_transformer.test_network import LAYOUT_S, LAYOUT_T, PHI
 
@@ -61,14 +62,12 @@ def test_ends_belong_to_models_and_phi_to_all(grid: SeveralPairs) -> None:
 
 
 def test_a_step_of_one_pair_moves_phi_and_leaves_the_others_ends_where_they_are(grid: SeveralPairs) -> None:
-    settings = TrainingSettings(weight_decay=0.1, behaviour=BehaviourSettings(steps=2))  # else linear paths rest
-    optimizer, schedule = optimizer_of(grid, 8, settings)
+    groups = groups_of(grid, "behaviour")
+    strategy = start_strategy(grid, groups, TrainingSettings(weight_decay=0.1), torch.device("cpu"), average=False)
 
     def step(turn: int) -> None:
-        optimizer.zero_grad()
-        grid(turn, updates(grid.pairs[turn].layout_S)).square().mean().backward()
-        optimizer.step()
-        schedule.step()
+        inputs = updates(grid.pairs[turn].layout_S)
+        strategy.optimize([lambda: strategy(turn, inputs).square().mean()], [1e-3] * len(groups))
 
     for turn in range(4):  # now every parameter has momentum
         step(turn)
@@ -78,22 +77,6 @@ def test_a_step_of_one_pair_moves_phi_and_leaves_the_others_ends_where_they_are(
         moved = {name.split(".")[0] for name, now in weights(one).items() if not torch.equal(now, before[i][name])}
         shared = {"phi", "start"} | ({"embed_S"} if i < 2 else set()) | ({"embed_T", "out"} if i in (0, 2) else set())
         assert moved - {"linear"} == shared and ("linear" in moved) == (i == 0)
-
-
-def test_every_pair_warms_up_and_decays_as_if_it_were_alone(grid: SeveralPairs) -> None:
-    settings = TrainingSettings(learning_rate=1e-2, warmup_share=0.2)
-
-    def rates(model: SeveralPairs, steps: int) -> list[float]:
-        optimizer, schedule = optimizer_of(model, steps, settings)
-        found = []
-        for _ in range(steps):
-            found.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            schedule.step()
-        return found
-
-    alone = rates(SeveralPairs([make(S, T)]), 10)
-    assert [rates(grid, 40)[turn::4] for turn in range(4)] == [alone] * 4
 
 
 def test_each_model_saves_and_loads_alone(grid: SeveralPairs, tmp_path: Path) -> None:

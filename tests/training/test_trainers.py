@@ -22,10 +22,13 @@ from gt_ray.grad_transformer.phi import make_phi
 from gt_ray.grad_transformer.several import SeveralPairs
 from gt_ray.studies.pipeline import curate_stage
 from gt_ray.training.run import train
-from gt_ray.training.worker import averaged_of, optimizer_of
+from gt_ray.training.shards import average
+from gt_ray.training.strategies import start_strategy
+from gt_ray.training.worker import groups_of
 from tests.conftest import further_pair, tiny_config
 from tests.grad_transformer.test_network import LAYOUT_S, LAYOUT_T, PHI
 
+TIMES = {"wall_s", "data_wait_share"}
 SETTINGS = TrainingSettings.model_validate({"behaviour": {"steps": 4, "learning_rate": 1e-2, "average": 0.5}})
 
 
@@ -37,23 +40,22 @@ def _data_parallel(rank: int, world: int, pairs: int, folder: Path) -> None:
     torch.manual_seed(0)
     roots = [{"tinylm": "s", "llm": f"t{i}"} for i in range(pairs)]
     model = SeveralPairs([GradTransformer(LAYOUT_S, LAYOUT_T, make_phi(PHI), one, linear_rank=2) for one in roots])
-    trained: Any = model
     if world > 1:
         dist.init_process_group("gloo", f"file://{folder / 'rendezvous'}", rank=rank, world_size=world)
-        trained = torch.nn.parallel.DistributedDataParallel(
-            model, broadcast_buffers=False, find_unused_parameters=model.some_rest
-        )
-    optimizer, schedule = optimizer_of(model, 4 * pairs, SETTINGS)
-    averaged = averaged_of(model, SETTINGS.behaviour)
+    groups = groups_of(model, "behaviour")
+    strategy = start_strategy(model, groups, SETTINGS, torch.device("cpu"), average=True)
     for step in range(4 * pairs):
         batch = torch.randn(4, LAYOUT_S.L, LAYOUT_S.d, generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        (trained(step % pairs, batch.chunk(world)[rank]) - 1).square().mean().backward()
-        resting = [one.linear for i, one in enumerate(model.pairs) if i != step % pairs and one.linear is not None]
-        assert all(parameter.grad is None for linear in resting for parameter in linear.parameters())
-        optimizer.step()
-        schedule.step()
-        averaged.update_parameters(model)
+
+        def one_pass(i: int = step % pairs, batch: torch.Tensor = batch) -> torch.Tensor:
+            return (strategy(i, batch.chunk(world)[rank]) - 1).square().mean()
+
+        linear = [one.linear for i, one in enumerate(model.pairs) if i != step % pairs and one.linear is not None]
+        resting = [parameter for one in linear for parameter in one.parameters()]
+        before = [parameter.clone() for parameter in resting]
+        strategy.optimize([one_pass], [1e-2] * len(groups))
+        assert all(torch.equal(*both) for both in zip(before, resting, strict=True))
+        average(strategy.shards, 0.5, first=step == 0)
     if rank == 0:
         # Clones, for what pairs share is one memory.
         save_file({name: one.clone() for name, one in model.state_dict().items()}, folder / f"weights-{world}")
@@ -94,9 +96,9 @@ def deadly(folder: Path, at: int) -> Callable[[], None]:
     def setup() -> None:
         from gt_ray.training import worker
 
-        behave, log = worker.behave, folder / f"steps-{os.getpid()}"
+        behave, log = worker.behaviour_loss, folder / f"steps-{os.getpid()}"
 
-        def logged(*args: Any) -> float:
+        def logged(*args: Any) -> torch.Tensor:
             with log.open("a") as file:
                 file.write("step\n")
             if len(log.read_text().split()) == at:
@@ -109,7 +111,7 @@ def deadly(folder: Path, at: int) -> Callable[[], None]:
                     os.kill(os.getpid(), signal.SIGKILL)
             return behave(*args)
 
-        worker.behave = logged
+        worker.behaviour_loss = logged
 
     return setup
 
@@ -139,7 +141,9 @@ def test_a_trainer_that_dies_in_the_behaviour_phase_changes_nothing(
     histories = [json.loads((out / "history.json").read_text()) for out in (undisturbed, killed)]
     assert [entry["step"] for entry in histories[1]] == [pairs * step for step in (6, 12, 18, 22)]
     for entry, other in zip(*histories, strict=True):
-        assert entry.items() - {("wall_s", entry["wall_s"])} == other.items() - {("wall_s", other["wall_s"])}
+        assert {name: entry[name] for name in entry.keys() - TIMES} == {
+            name: other[name] for name in other.keys() - TIMES
+        }
     states = [GradTransformer.load(out).state_dict() for out in (undisturbed, killed)]
     for name, tensor in states[0].items():
         assert torch.allclose(tensor, states[1][name], rtol=1e-5, atol=1e-7, equal_nan=True), name
