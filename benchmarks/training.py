@@ -1,43 +1,62 @@
-"""How fast the Grad-Transformer trains, and what memory it takes.
+"""How fast the Grad-Transformer trains, on random tuples, and what it waits for.
 
-    python benchmarks/training.py --part phi            # one CUDA GPU: full-size phi on random tuples
+    python benchmarks/training.py                       # 10 minutes on 2 cores
+    python benchmarks/training.py --part phi            # one CUDA GPU: phi of Flan-T5-Large's size
 
-phi: forward, backward and AdamW of a Flan-T5-Large-sized phi (random weights, bf16 autocast, float32 weights) at the
-shapes of 3B -> 7B and 0.5B -> 32B: tuples a second, share of what a large matrix product reaches, bytes.
+loop: optimizer steps of this loop and of transformers' Trainer on the same phi and batches, in turns. Trainer has the
+whole T5, as one would who has not taken out token embeddings and LM head.
+ray: whole trainings by Ray Train with one worker and with two, each with a batch of its own: tuples a second, and the
+share of the time that trainers wait for data.
+strategies: a step of two workers by each strategy.
+phi: at the shapes of 3B -> 7B and 0.5B -> 32B, bf16: tuples a second, share of what a large matrix product reaches,
+bytes beside what the planner says.
 
-The last line of the output is JSON.
+The last line of the output is JSON: `vs_trainer`, `data_wait_share`, `weak_scaling_2`, and of each part its figures.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import typer
-from torch.utils.flop_counter import FlopCounterMode
 
-from gt_ray.config import LoraSettings
+from gt_ray.config import LoraSettings, PhiSettings, TrainingSettings
 from gt_ray.grad_transformer.network import GradTransformer
-from gt_ray.grad_transformer.phi import phi_of
+from gt_ray.grad_transformer.phi import make_phi, phi_of
+from gt_ray.grad_transformer.several import SeveralPairs
 from gt_ray.pairs.families import known_config, layout_of
+from gt_ray.training.strategies import Strategy, start_strategy
+from gt_ray.training.tuples import Tuples
+from gt_ray.training.worker import adapt_layers, groups_of, tuple_passes
+from gt_ray.updates.layout import Layout
 
 PAIRS = {
     "3B-7B": ("Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-7B-Instruct"),
     "0.5B-32B": ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-32B-Instruct"),
 }
+SMALL = PhiSettings(d_model=256, layers=4, heads=4, d_ff=512)
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
+def seconds(work: Callable[[], object]) -> float:
     """Of one call."""
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
@@ -46,109 +65,231 @@ def matrix_peak(device: torch.device) -> float:
     """Operations a second of a large bf16 matrix product."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    return 2 * n**3 / min(seconds(lambda: a @ a, device) for _ in range(8))
+    return 2 * n**3 / min(seconds(lambda: a @ a) for _ in range(8))
 
 
-def steps_of(pair: str, phi: str, device: torch.device, batches: list[int], variants: list[str], profile: int) -> Any:
-    """Training steps at the shapes of a pair."""
+def random_tuples(layout_S: Layout, layout_T: Layout, N: int, device: torch.device) -> Tuples:
+    """N tuples of one task."""
+    S, T = (torch.randn(N, one.L, one.d, device=device) for one in (layout_S, layout_T))
+    return Tuples(S, T, torch.zeros(N), torch.zeros(N))
+
+
+def step_of(strategy: Strategy, tuples: Tuples, settings: TrainingSettings) -> Callable[[], float]:
+    """An optimizer step of this loop."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda: strategy.optimize(tuple_passes(strategy, 0, tuples, settings, generator), [1e-5])
+
+
+def by_loop(layout_S: Layout, layout_T: Layout, N: int, rounds: int) -> dict[str, float]:
+    """This loop and Trainer in turns; medians in seconds a step."""
+    from transformers import T5ForConditionalGeneration, Trainer, TrainingArguments
+
+    device = torch.device("cpu")
+    tuples = random_tuples(layout_S, layout_T, N, device)
+    settings = TrainingSettings(batch_size=N)
+    model = GradTransformer(layout_S, layout_T, make_phi(SMALL), {"tinylm": "", "llm": ""}).train()
+    several = SeveralPairs([model])
+    own = step_of(start_strategy(several, groups_of(several, "tuples"), settings, device, False), tuples, settings)
+
+    class Whole(GradTransformer):
+        """The same with all of a T5 with a usual vocabulary, as Trainer is given it."""
+
+        def __init__(self) -> None:
+            config = make_phi(SMALL).config
+            config.vocab_size = 32128
+            t5: Any = T5ForConditionalGeneration(config)
+            super().__init__(layout_S, layout_T, t5, {"tinylm": "", "llm": ""})
+
+        def forward(self, S: torch.Tensor, T: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
+            return {"loss": torch.nn.functional.mse_loss(super().forward(S, T), self.standard_T(T))}
+
+    steps = 10
+    rows = [{"S": S, "T": T} for S, T in zip(tuples.S_NLd, tuples.T_NLd, strict=True)] * steps
+    logging.disable(logging.WARNING)
+
+    def by_trainer() -> float:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            arguments = TrainingArguments(
+                folder,
+                per_device_train_batch_size=N,
+                max_steps=steps,
+                report_to=[],
+                save_strategy="no",
+                use_cpu=True,
+                disable_tqdm=True,
+                remove_unused_columns=False,
+            )
+            trainer = Trainer(Whole().train(), arguments, train_dataset=rows)
+            return float(trainer.train().metrics["train_runtime"]) / steps
+
+    own()
+    found: dict[str, list[float]] = {"own": [], "trainer": []}
+    for _ in range(rounds):
+        found["own"].append(statistics.median(seconds(own) for _ in range(steps)))
+        found["trainer"].append(by_trainer())
+    return {name: statistics.median(walls) for name, walls in found.items()}
+
+
+def by_ray(folder: Path, workers: int, epochs: int) -> dict[str, float]:
+    """A training by Ray Train on the shapes of the embedded pair and random shadows."""
+    import ray
+
+    from gt_ray.config import load_config
+    from gt_ray.curation.study import Study
+    from gt_ray.training.run import train
+    from gt_ray.training.tuples import input_keys, shadow_keys
+    from gt_ray.updates.store import UnitMeta
+
+    config = load_config(
+        "embedded",
+        [
+            f"runs={folder / 'runs'}",
+            f"store={folder / 'store'}",
+            f"name=workers-{workers}",
+            "curation.plan=domains",
+            "curation.tinylm_shadows=0",
+            "curation.shadows=96",
+            "grad_transformer.recipe=paper",
+            "grad_transformer.phi.d_model=256",
+            "grad_transformer.phi.layers=4",
+            f"grad_transformer.training.batch_size={32 * workers}",
+            f"grad_transformer.training.workers={workers}",
+            f"grad_transformer.training.epochs={epochs}",
+            "grad_transformer.training.checkpoint_epochs=1000",
+        ],
+    )
+    study = Study.load(config)
+    steps = config.curation.snapshot_steps
+    for validation in (False, True):
+        for row in (*shadow_keys(study, validation), *input_keys(study, validation)):
+            for side, key in row.items():
+                if side in ("S", "T") and study.store.missing([key]):
+                    root = study.roots["tinylm" if side == "S" else "llm"]
+                    update_JLd = 0.01 * torch.randn(len(steps), root.layout.L, root.layout.d)
+                    study.store.write(key, update_JLd, UnitMeta(root.hash, {}, list(steps), 1, [], 0.0, []))
+    ray.init(num_cpus=8, log_to_driver=False, logging_level="ERROR")
+    try:
+        out = train(study)
+    finally:
+        ray.shutdown()
+    last = json.loads((out / "history.json").read_text())[-1]
+    return {
+        "tuples_per_s": last["step"] * 32 * workers / last["wall_s"],
+        "data_wait_share": last["data_wait_share"],
+    }
+
+
+def _strategy_worker(rank: int, folder: str, names: list[str], rounds: int) -> None:
+    import torch.distributed as dist
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", DS_ACCELERATOR="cpu")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    layout_S, layout_T = (layout_of(f"embedded:{side}", LoraSettings()) for side in ("tinylm", "llm"))
+    for name in names:
+        settings = TrainingSettings.model_validate({"strategy": name, "batch_size": 64, "workers": 2})
+        model = SeveralPairs([GradTransformer(layout_S, layout_T, make_phi(SMALL), {"tinylm": "", "llm": ""}).train()])
+        strategy = start_strategy(model, groups_of(model, "tuples"), settings, torch.device("cpu"), False)
+        step = step_of(strategy, random_tuples(layout_S, layout_T, 32, torch.device("cpu")), settings)
+        step()
+        wall_s = statistics.median(seconds(step) for _ in range(rounds))
+        kept = sum(value.numel() for shard in strategy.shards for value in shard.values().values())
+        if rank == 0:
+            (Path(folder) / f"{name}.json").write_text(json.dumps({"step_s": wall_s, "kept_mb": 4 * kept / 1e6}))
+    dist.destroy_process_group()
+
+
+def by_strategy(rounds: int) -> dict[str, Any]:
+    """Seconds a step of two workers, and what one keeps of weights and moments."""
+    names = ["ddp", "zero1", "zero2", "zero3"]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        torch.multiprocessing.spawn(_strategy_worker, (folder, names, rounds), nprocs=2)  # type: ignore[no-untyped-call]
+        return {name: json.loads((Path(folder) / f"{name}.json").read_text()) for name in names}
+
+
+def by_shape(pair: str, phi: str, variant: str, batches: list[int]) -> dict[str, Any]:
+    """Steps at the shapes of a pair on this device."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layout_S, layout_T = (layout_of(name, LoraSettings()) for name in PAIRS[pair])
-    peak = matrix_peak(device)
-    print(f"{pair}: matrix peak {peak / 1e12:.0f} TFLOP/s")
-    found = {}
-    for variant in variants:
-        torch.manual_seed(0)
-        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-        with device:
-            model = GradTransformer(layout_S, layout_T, phi_of(known_config(phi)), {"tinylm": "", "llm": ""}).train()
-        assert model.phi is not None
-        dtype = torch.bfloat16 if "pure" in variant else torch.float32
-        model.to(dtype)
-        if "checkpointing" in variant:
-            model.phi.gradient_checkpointing_enable({"use_reentrant": False})
-        if "compile" in variant:
-            for block in [*model.phi.encoder.block, *model.phi.decoder.block]:
-                block.compile(dynamic=False)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
-        for N in batches:
-            S, T = (torch.randn(N, one.L, one.d, device=device) * 0.3 for one in (layout_S, layout_T))
-
-            def forward(S=S, T=T) -> Any:
-                with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.float32):
-                    return model.loss(S.to(dtype), T.to(dtype))
-
-            def step() -> None:
-                optimizer.zero_grad()
-                forward().backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-
-            name = f"{variant} N={N}"
-            try:
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                compile_s = seconds(step, device)
-                step()
-                wall_s = statistics.median(seconds(step, device) for _ in range(5))
-                with FlopCounterMode(display=False) as counter:
-                    # One pass on the meta device would do as well; a small batch is as exact.
-                    model.phi.gradient_checkpointing_disable() if "checkpointing" in variant else None
-                    one = [x[:2] for x in (S, T)]
-                    if "compile" not in variant:
-                        forward(*one).backward()
-                    model.phi.gradient_checkpointing_enable(
-                        {"use_reentrant": False}
-                    ) if "checkpointing" in variant else None
-                flops = counter.get_total_flops() / 2 * N or found.get(f"flops {pair}", 0) * N
-                if counter.get_total_flops():
-                    found[f"flops {pair}"] = flops / N
-                memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-                state = sum(p.nbytes for p in model.parameters())
-                found[name] = {
-                    "tuples_per_s": N / wall_s,
-                    "peak_share": flops / wall_s / peak,
-                    "gib": memory / 2**30,
-                    "step_s": wall_s,
-                    "weights_gib": state / 2**30,
-                    "before_gib": before / 2**30,
-                    "parameters": sum(p.numel() for p in model.parameters()),
-                    "first_s": compile_s,
-                }
-                print(pair, name, {k: round(v, 3) for k, v in found[name].items()}, flush=True)
-                if profile == N:
-                    with torch.profiler.profile(
-                        activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-                    ) as prof:
-                        step()
-                        torch.cuda.synchronize()
-                    print(
-                        prof.key_averages().table(
-                            sort_by="self_cuda_time_total", row_limit=18, max_name_column_width=60
-                        )
-                    )
-            except torch.OutOfMemoryError:
-                optimizer.zero_grad()
-                torch.cuda.empty_cache()
-                print(pair, name, "out of memory", flush=True)
-        del model, optimizer
-        torch._dynamo.reset()
-        if device.type == "cuda":
+    settings = TrainingSettings(
+        precision="bf16", activation_checkpointing="checkpointing" in variant, compile="compile" in variant
+    )
+    with device:
+        model = GradTransformer(layout_S, layout_T, phi_of(known_config(phi)), {"tinylm": "", "llm": ""}).train()
+        two = random_tuples(layout_S, layout_T, 2, device)
+        with FlopCounterMode(display=False) as counter, torch.autocast(device.type, torch.bfloat16):
+            model.loss(two.S_NLd, two.T_NLd).backward()
+        model.zero_grad()
+    flops, peak = counter.get_total_flops() / 2, matrix_peak(device)
+    several = SeveralPairs([model])
+    adapt_layers(several, settings)
+    strategy = start_strategy(several, groups_of(several, "tuples"), settings, device, False)
+    found: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    for N in batches:
+        step = step_of(strategy, random_tuples(layout_S, layout_T, N, device), settings)
+        try:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            first_s = seconds(step)
+            step()
+            wall_s = statistics.median(seconds(step) for _ in range(5))
+        except torch.OutOfMemoryError:
+            print(f"{pair} {variant} {N} tuples: out of memory", flush=True)
             torch.cuda.empty_cache()
+            continue
+        gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+        found[str(N)] = {
+            "tuples_per_s": N / wall_s,
+            "peak_share": N * flops / wall_s / peak,
+            "gib": gib,
+            "first_s": first_s,
+        }
+        print(
+            f"{pair} {variant} {N} tuples: {N / wall_s:.0f}/s, {N * flops / wall_s / peak:.2f} of the peak of "
+            f"{peak / 1e12:.0f} TFLOP/s, {gib:.1f} GiB, first step {first_s:.0f} s",
+            flush=True,
+        )
     return found
 
 
 def main(
-    pairs: Annotated[str, typer.Option()] = ",".join(PAIRS),
-    phi: Annotated[str, typer.Option()] = "google/flan-t5-large",
-    batches: Annotated[str, typer.Option()] = "32,256,512,1024",
-    variants: Annotated[str, typer.Option()] = "autocast,autocast+compile,autocast+checkpointing,pure",
-    profile: Annotated[int, typer.Option()] = 256,
+    part: Annotated[str, typer.Option(help="loop, ray, strategies, phi, or cpu: the first three.")] = "cpu",
+    rounds: Annotated[int, typer.Option(help="Turns of each.")] = 5,
+    epochs: Annotated[int, typer.Option(help="Of a training by Ray Train.")] = 20,
+    pairs: Annotated[str, typer.Option(help="Of phi.")] = ",".join(PAIRS),
+    phi: Annotated[str, typer.Option(help="By name; random weights.")] = "google/flan-t5-large",
+    batches: Annotated[str, typer.Option(help="Tuples of a step (phi).")] = "32,256,512",
+    variants: Annotated[str, typer.Option(help="plain, compile, checkpointing, or several with +.")] = "plain,compile",
 ) -> None:
-    """See the top."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = {
-        pair: steps_of(pair, phi, device, [int(N) for N in batches.split(",")], variants.split(","), profile)
-        for pair in pairs.split(",")
-    }
+    """Measure training; the last line is JSON."""
+    found: dict[str, Any] = {}
+    torch.set_num_threads(1)
+    if part in ("cpu", "loop"):
+        layouts = [layout_of(f"embedded:{side}", LoraSettings()) for side in ("tinylm", "llm")]
+        walls = by_loop(layouts[0], layouts[1], 32, rounds)
+        found["vs_trainer"] = walls["trainer"] / walls["own"]
+        print(f"a step of 32 tuples: {walls['own']:.3f} s, by Trainer {walls['trainer']:.3f} s")
+    if part in ("cpu", "ray"):
+        with tempfile.TemporaryDirectory() as folder:
+            one, two = (by_ray(Path(folder), workers, epochs) for workers in (1, 2))
+        found |= {
+            "data_wait_share": one["data_wait_share"],
+            "data_wait_share_2": two["data_wait_share"],
+            "tuples_per_s": one["tuples_per_s"],
+            "weak_scaling_2": two["tuples_per_s"] / (2 * one["tuples_per_s"]),
+        }
+        print(f"Ray Train: one worker {one}, two {two}")
+    if part in ("cpu", "strategies"):
+        found["strategies"] = by_strategy(rounds)
+        print(found["strategies"])
+    if part == "phi":
+        for pair in pairs.split(","):
+            for variant in variants.split(","):
+                found[f"{pair} {variant}"] = by_shape(pair, phi, variant, [int(N) for N in batches.split(",")])
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
     print(json.dumps(found))
 
 

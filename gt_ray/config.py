@@ -222,6 +222,9 @@ class TrainingSettings(Section):
     activation_checkpointing: bool = Field(
         False, description="compute activations of a layer of phi again in the backward pass instead of keeping them"
     )
+    compile: bool = Field(
+        False, description="compile the layers of phi for Eq. 10: a minute once, then faster on a GPU; not with zero3"
+    )
     offload: bool = Field(False, description="keep the optimizer's state in the machine's memory (zero1 to zero3)")
     seed: int = 0
     behaviour: BehaviourSettings = BehaviourSettings()
@@ -232,6 +235,8 @@ class TrainingSettings(Section):
             raise ValueError("epochs=0 and behaviour.steps=0 leave nothing to train")
         if self.min_workers and self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers} are more than workers={self.workers}")
+        if self.compile and self.strategy == "zero3":
+            raise ValueError("compile=true gains nothing with strategy=zero3, which fetches weights inside of layers")
         if self.offload and self.strategy == "ddp":
             raise ValueError("offload=true needs strategy=zero1, zero2 or zero3")
         return self

@@ -166,7 +166,9 @@ class GradTransformer(nn.Module):
         z_NLd = self.standard_T(update_T_NLd).clamp(-self.input_clip, self.input_clip)
         start_N1D = self.start.expand(len(update_S_NLd), 1, -1)
         tokens_NLD = torch.cat([start_N1D, self.embed_T(z_NLd[:, :-1])], 1)
-        hidden_NLD = self.phi.decoder(inputs_embeds=tokens_NLD, encoder_hidden_states=encoded_NLD).last_hidden_state
+        hidden_NLD = self.phi.decoder(
+            inputs_embeds=tokens_NLD, encoder_hidden_states=encoded_NLD, use_cache=False
+        ).last_hidden_state
         prediction: Tensor = self._linear(z_S_NLd) + self.out(hidden_NLD)
         return prediction
 
@@ -218,9 +220,9 @@ class GradTransformer(nn.Module):
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             write_atomically(folder / f"{WEIGHTS}.index.json", json.dumps(index).encode())
-        write_atomically(folder / CONFIG, json.dumps(self.config()).encode())
+        write_atomically(folder / CONFIG, json.dumps(self.to_json()).encode())
 
-    def config(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """All that `shaped` needs."""
         return {
             "format": FORMAT,
@@ -235,7 +237,7 @@ class GradTransformer(nn.Module):
 
     @classmethod
     def shaped(cls, config: dict[str, Any]) -> GradTransformer:
-        """One with random weights, by the `config` of another."""
+        """One with random weights, by the `to_json` of another."""
         from transformers import T5Config
 
         return cls(

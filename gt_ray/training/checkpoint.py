@@ -42,7 +42,7 @@ def save(folder: Path, strategy: Strategy, rank: int, progress: Mapping[str, Any
     for i, pair in enumerate(strategy.model.pairs):
         rest = dict(pair.named_buffers())
         save_file({name: tensor.contiguous() for name, tensor in rest.items()}, folder / f"rest-{i}.safetensors")
-        (folder / f"config-{i}.json").write_text(json.dumps(pair.config()), encoding="utf-8")
+        (folder / f"config-{i}.json").write_text(json.dumps(pair.to_json()), encoding="utf-8")
     (folder / HISTORY).write_text(json.dumps(list(history)), encoding="utf-8")
     (folder / STATE).write_text(json.dumps(dict(progress)), encoding="utf-8")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gt_ray.config import TrainingSettings
 from gt_ray.grad_transformer.network import GradTransformer, block_loss, read_config
@@ -153,8 +153,8 @@ def begin(task: Task, rank: int, device: torch.device) -> Strategy:
             sources.append(opened.enter_context(ShardFiles(phi_files(task.phi), pretrained_name)))
         load_weights(model, sources, rank)
     load_buffers(model, starts)
-    if settings.activation_checkpointing and task.phase == "tuples":
-        checkpoint_layers(model)
+    if task.phase == "tuples":  # behaviour generates with a cache, which neither goes with
+        adapt_layers(model, settings)
     groups = groups_of(model, task.phase)
     return start_strategy(model, groups, settings, device, average=task.phase == "behaviour")
 
@@ -238,11 +238,16 @@ def averaged(strategy: Strategy) -> Iterator[None]:
         swap()
 
 
-def checkpoint_layers(model: nn.Module) -> None:
-    """Let layers of phi compute their activations again in the backward pass instead of keeping them."""
-    for pair in model.modules():
-        if isinstance(pair, GradTransformer) and pair.phi is not None:
-            pair.phi.gradient_checkpointing_enable({"use_reentrant": False})
+def adapt_layers(model: SeveralPairs, settings: TrainingSettings) -> None:
+    """Let layers of phi compute their activations again in the backward pass, or be compiled."""
+    phi = model.pairs[0].phi
+    if phi is None:
+        return
+    if settings.activation_checkpointing:
+        phi.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.compile:
+        for layer in (*phi.encoder.block, *phi.decoder.block):
+            layer.compile()
 
 
 def _report(strategy: Strategy, rank: int, progress: dict[str, Any], history: list[dict[str, float]]) -> None:

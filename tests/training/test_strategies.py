@@ -1,4 +1,4 @@
-"""All strategies do the same arithmetic; a checkpoint of one goes on with another, and with another number of workers."""
+"""All strategies do the same arithmetic; a checkpoint of one goes on with another, and with other numbers of workers."""
 
 from __future__ import annotations
 
