@@ -1,0 +1,100 @@
+"""How fast a worker trains, what share of its device's peak that is, and what share of the time it waits for data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+
+from gt_ray.grad_transformer.network import GradTransformer
+
+Batch = TypeVar("Batch")
+PRODUCT = {"cuda": 8192, "cpu": 512}
+"""Size of the matrix product that tells the peak of a device."""
+
+
+def operations(model: GradTransformer) -> float:
+    """Of a forward and backward pass of one tuple under teacher forcing: 6 for every weight and token that meet it.
+
+    What attention does between tokens is left out; it is below 2 % at the lengths of updates.
+    """
+    if model.phi is None:
+        return 0.0
+
+    def weights(*modules: torch.nn.Module) -> int:
+        return sum(getattr(one, "ds_numel", one.numel()) for module in modules for one in module.parameters())
+
+    tokens_S, tokens_T = model.embed_S.tokens, model.embed_T.tokens
+    reads_S = [
+        projection
+        for block in model.phi.decoder.block
+        for projection in (block.layer[1].EncDecAttention.k, block.layer[1].EncDecAttention.v)
+    ]
+    of_S = weights(model.phi.encoder, model.embed_S, *reads_S)
+    of_T = weights(model.phi.decoder, model.embed_T, model.out) - weights(*reads_S)
+    return 6.0 * (of_S * tokens_S + of_T * tokens_T)
+
+
+def matrix_peak(device: torch.device, precision: str) -> float:
+    """Operations a second of a large matrix product on this device."""
+    n = PRODUCT[device.type]
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+
+    def once() -> float:
+        _wait(device)
+        start = time.perf_counter()
+        a @ a  # noqa: B018
+        _wait(device)
+        return time.perf_counter() - start
+
+    return float(2 * n**3 / min(once() for _ in range(5)))
+
+
+class Meter:
+    """Times one worker's steps; what is measured between two readings."""
+
+    def __init__(self, device: torch.device, precision: str) -> None:
+        self._device, self._peak = device, matrix_peak(device, precision)
+        self._start()
+
+    def _start(self) -> None:
+        self._started, self._waited_s, self._tokens, self._operations = time.perf_counter(), 0.0, 0, 0.0
+
+    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, and the time until each is there counted as waiting."""
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited_s += time.perf_counter() - asked
+            yield batch
+
+    def count(self, model: GradTransformer, tuples: int) -> None:
+        """A step of so many tuples, or generated updates, has been done."""
+        if model.phi is not None:
+            self._tokens += tuples * (model.embed_S.tokens + model.embed_T.tokens)
+            self._operations += tuples * operations(model)
+
+    def read(self) -> dict[str, float]:
+        """Measures of this worker since the last reading; the next one begins when `resume` is called."""
+        _wait(self._device)
+        wall_s = time.perf_counter() - self._started
+        return {
+            "train_s": wall_s,
+            "tokens_per_s": self._tokens / wall_s,
+            "peak_share": self._operations / wall_s / self._peak,
+            "data_wait_share": self._waited_s / wall_s,
+        }
+
+    def resume(self) -> None:
+        """Count anew, after what is not training."""
+        self._start()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
