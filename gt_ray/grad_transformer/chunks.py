@@ -30,9 +30,8 @@ class ChunkEmbedding(nn.Module):
         self.register_buffer("coordinates_Tc", coordinates_Tc, persistent=False)
         self.register_buffer("places_T3", places_T3, persistent=False)
         self.map = nn.Linear(c, D)
+        # Of variance 1, unlike the places of blocks: from zero, training finds less (docs/lab-notes.md, 2026-11-26).
         self.block, self.chunk, self.module = (nn.Embedding(n, D) for n in (places_T3.amax(0) + 1).tolist())
-        for place in (self.block, self.chunk, self.module):
-            nn.init.zeros_(place.weight)
 
     @property
     def tokens(self) -> int:
