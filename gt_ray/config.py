@@ -226,6 +226,9 @@ class TrainingSettings(Section):
         False, description="compile the layers of phi for Eq. 10: a minute once, then faster on a GPU; not with zero3"
     )
     offload: bool = Field(False, description="keep the optimizer's state in the machine's memory (zero1 to zero3)")
+    tracking: Literal["tensorboard", "mlflow", "wandb"] = Field(
+        "tensorboard", description="where measures go; mlflow and wandb by their own environment variables"
+    )
     seed: int = 0
     behaviour: BehaviourSettings = BehaviourSettings()
 

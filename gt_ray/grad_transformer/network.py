@@ -7,7 +7,8 @@
 
 z is a standardised block. The linear path, which the paper does not have, leaves phi what is not linear (linear.py).
 e is a learned embedding of the block's place, which the paper leaves to phi; phi's relative positions do not tell which
-block a coordinate belongs to. Each group of a layout has its own W_S, W_T, W_out.
+block a coordinate belongs to. Each group of a layout has its own W_S, W_T, W_out. With `chunk`, a block is several
+tokens (chunks.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.certainty import Certainty, Estimate
+from gt_ray.grad_transformer.chunks import ChunkEmbedding, ChunkOutput
 from gt_ray.grad_transformer.linear import LinearPath
 from gt_ray.grad_transformer.phi import phi_of
 from gt_ray.grad_transformer.standardise import Standardiser
@@ -49,6 +51,20 @@ class BlockEmbedding(nn.Module):
         self.groups, self.widths = layout.groups, layout.group_widths
         self.maps = nn.ModuleList(nn.Linear(width, D) for width in self.widths)
         self.place = nn.Parameter(torch.zeros(layout.L, D))
+
+    @property
+    def tokens(self) -> int:
+        """Blocks of an update."""
+        return len(self.groups)
+
+    @property
+    def last_alone(self) -> bool:
+        """Whether some parameters are of the last token alone, which no later one is generated from."""
+        return self.groups.count(self.groups[-1]) == 1
+
+    def cut(self, z_NLd: Tensor) -> Tensor:
+        """Updates to what their tokens stand for: their blocks."""
+        return z_NLd
 
     def forward(self, z_NLd: Tensor, first: int = 0) -> Tensor:
         """Embed the blocks `first ..` of the layout."""
@@ -81,6 +97,10 @@ class BlockOutput(nn.Module):
         ]
         return torch.stack(rows, 1)
 
+    def joined(self, z_NLd: Tensor) -> Tensor:
+        """Updates [N, L, d] of what their tokens stand for; inverse of `BlockEmbedding.cut`."""
+        return z_NLd
+
 
 class GradTransformer(nn.Module):
     """M: [N, L_S, d_S] -> [N, L_T, d_T].
@@ -89,6 +109,7 @@ class GradTransformer(nn.Module):
         phi: none where there is the linear path alone.
         linear_rank: R of the linear path; 0: none, as in the paper.
         shadows: how many training and validation shadows `certainty` knows.
+        chunk: coordinates of a token (chunks.py); none: a token is a block, as in the paper.
 
     Attributes:
         roots: hashes of the TinyLM and the LLM root whose updates it reads and generates.
@@ -103,18 +124,20 @@ class GradTransformer(nn.Module):
         input_clip: float = 6.0,
         linear_rank: int = 0,
         shadows: tuple[int, int] = (0, 0),
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
         self.layout_S, self.layout_T, self.roots, self.input_clip = layout_S, layout_T, roots, input_clip
+        self.chunk = chunk
         self.standard_S = Standardiser(layout_S.L, layout_S.d)
         self.standard_T = Standardiser(layout_T.L, layout_T.d)
         self.phi = phi
         if phi is not None:
             D = phi.config.d_model
-            self.embed_S = BlockEmbedding(layout_S, D)
-            self.embed_T = BlockEmbedding(layout_T, D)
+            self.embed_S = _embedding(layout_S, D, chunk)
+            self.embed_T = _embedding(layout_T, D, chunk)
             self.start = nn.Parameter(torch.randn(D) * D**-0.5)
-            self.out = BlockOutput(layout_T, D)
+            self.out = BlockOutput(layout_T, D) if chunk is None else ChunkOutput(layout_T, D, chunk)
         P, Q = len(layout_S.places), len(layout_T.places)
         self.linear = LinearPath(P, Q, linear_rank) if linear_rank else None
         self.certainty = Certainty(*shadows, P) if all(shadows) else None
@@ -124,9 +147,10 @@ class GradTransformer(nn.Module):
         return z_NLd
 
     def encode(self, z_S_NLd: Tensor) -> Tensor:
-        """Encoder states [N, L_S, D] of standardised S updates (Eq. 6)."""
+        """Encoder states [N, T_S, D] of standardised S updates (Eq. 6), one a token."""
         assert self.phi is not None
-        states: Tensor = self.phi.encoder(inputs_embeds=self.embed_S(z_S_NLd)).last_hidden_state
+        tokens_NTD = self.embed_S(self.embed_S.cut(z_S_NLd))
+        states: Tensor = self.phi.encoder(inputs_embeds=tokens_NTD).last_hidden_state
         return states
 
     def _linear(self, z_S_NLd: Tensor) -> Tensor:
@@ -155,21 +179,21 @@ class GradTransformer(nn.Module):
         return self.certainty(self.layout_S.flat(self.standard_S(update_S_Ld))) if self.certainty else None
 
     def forward(self, update_S_NLd: Tensor, update_T_NLd: Tensor | None = None) -> Tensor:
-        """Standardised prediction [N, L_T, d_T]: by teacher forcing, each T block from the true blocks before it, or
+        """Standardised prediction [N, L_T, d_T]: by teacher forcing, each T token from the true ones before it, or
         where these are not given, free-running."""
         if update_T_NLd is None:
             return self.generate_standardised(update_S_NLd)
         z_S_NLd = self._standardised_S(update_S_NLd)
         if self.phi is None:
             return self._linear(z_S_NLd)
-        encoded_NLD = self.encode(z_S_NLd)
-        z_NLd = self.standard_T(update_T_NLd).clamp(-self.input_clip, self.input_clip)
+        encoded_NTD = self.encode(z_S_NLd)
+        z_NTc = self.embed_T.cut(self.standard_T(update_T_NLd).clamp(-self.input_clip, self.input_clip))
         start_N1D = self.start.expand(len(update_S_NLd), 1, -1)
-        tokens_NLD = torch.cat([start_N1D, self.embed_T(z_NLd[:, :-1])], 1)
-        hidden_NLD = self.phi.decoder(
-            inputs_embeds=tokens_NLD, encoder_hidden_states=encoded_NLD, use_cache=False
+        tokens_NTD = torch.cat([start_N1D, self.embed_T(z_NTc[:, :-1])], 1)
+        hidden_NTD = self.phi.decoder(
+            inputs_embeds=tokens_NTD, encoder_hidden_states=encoded_NTD, use_cache=False
         ).last_hidden_state
-        prediction: Tensor = self._linear(z_S_NLd) + self.out(hidden_NLD)
+        prediction: Tensor = self._linear(z_S_NLd) + self.out.joined(self.out(hidden_NTD))
         return prediction
 
     def loss(self, update_S_NLd: Tensor, update_T_NLd: Tensor) -> Tensor:
@@ -182,22 +206,20 @@ class GradTransformer(nn.Module):
         linear_NLd = self._linear(z_S_NLd)
         if self.phi is None:
             return linear_NLd
-        encoded_NLD = self.encode(z_S_NLd)
-        token_N1D = self.start.expand(len(update_S_NLd), 1, -1)
-        tokens_NLD, cache, blocks = token_N1D, None, []
-        for j in range(self.layout_T.L):
+        encoded_NTD, linear_NTc = self.encode(z_S_NLd), self.embed_T.cut(linear_NLd)
+        tokens, cache, rows = [self.start.expand(len(update_S_NLd), 1, -1)], None, []
+        for t in range(self.embed_T.tokens):
             decoded = self.phi.decoder(
-                inputs_embeds=token_N1D if use_cache else tokens_NLD,
-                encoder_hidden_states=encoded_NLD,
+                inputs_embeds=tokens[-1] if use_cache else torch.cat(tokens, 1),
+                encoder_hidden_states=encoded_NTD,
                 past_key_values=cache,
                 use_cache=use_cache,
             )
             cache = decoded.past_key_values
-            z_N1d = linear_NLd[:, j : j + 1] + self.out(decoded.last_hidden_state[:, -1:], first=j)
-            blocks.append(z_N1d)
-            token_N1D = self.embed_T(z_N1d.clamp(-self.input_clip, self.input_clip), first=j)
-            tokens_NLD = torch.cat([tokens_NLD, token_N1D], 1)
-        return torch.cat(blocks, 1)
+            z_N1c = linear_NTc[:, t : t + 1] + self.out(decoded.last_hidden_state[:, -1:], first=t)
+            rows.append(z_N1c)
+            tokens.append(self.embed_T(z_N1c.clamp(-self.input_clip, self.input_clip), first=t))
+        return self.out.joined(torch.cat(rows, 1))
 
     @torch.no_grad()
     def generate(self, update_S_NLd: Tensor) -> Tensor:
@@ -232,6 +254,7 @@ class GradTransformer(nn.Module):
             "input_clip": self.input_clip,
             "linear_rank": self.linear.rank if self.linear else 0,
             "shadows": [len(self.certainty.known_KP), len(self.certainty.error_V)] if self.certainty else [0, 0],
+            "chunk": self.chunk,
             "phi": self.phi.config.to_diff_dict() if self.phi else None,
         }
 
@@ -248,6 +271,7 @@ class GradTransformer(nn.Module):
             config["input_clip"],
             config.get("linear_rank", 0),
             tuple(config.get("shadows", (0, 0))),
+            config.get("chunk"),
         )
 
     @classmethod
@@ -278,6 +302,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("format") != FORMAT:
         raise UserError(f"{folder} is no Grad-Transformer checkpoint ({FORMAT})")
     return config
+
+
+def _embedding(layout: Layout, D: int, chunk: int | None) -> BlockEmbedding | ChunkEmbedding:
+    return BlockEmbedding(layout, D) if chunk is None else ChunkEmbedding(layout, D, chunk)
 
 
 def block_loss(prediction_NLd: Tensor, target_NLd: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def share_ends(models: Sequence[GradTransformer]) -> None:
             differ = sorted({key for key, _ in _config(model).items() ^ _config(first).items()})
             raise UserError(
                 f"pairs that train together have one phi, but {', '.join(differ)} of theirs differ; make all of them "
-                "with the same grad_transformer.phi"
+                "with the same grad_transformer.phi and chunk"
             )
     if first.phi is None:
         return
@@ -43,7 +43,9 @@ def share_ends(models: Sequence[GradTransformer]) -> None:
 
 
 def _config(model: GradTransformer) -> dict[str, str]:
-    return {key: str(value) for key, value in model.phi.config.to_diff_dict().items()} if model.phi else {"phi": "none"}
+    if model.phi is None:
+        return {"phi": "none"}
+    return {key: str(value) for key, value in model.phi.config.to_diff_dict().items()} | {"chunk": str(model.chunk)}
 
 
 class SeveralPairs(nn.Module):
@@ -65,12 +67,9 @@ class SeveralPairs(nn.Module):
 
     @property
     def some_rest(self) -> bool:
-        """Whether a forward pass leaves parameters out: those of other pairs, or of a group of the last block alone,
-        which no later block is generated from."""
-        return len(self.models) > 1 or any(
-            model.phi is not None and model.layout_T.groups.count(model.layout_T.groups[-1]) == 1
-            for model in self.pairs
-        )
+        """Whether a forward pass leaves parameters out: those of other pairs, or of the last token alone, which no
+        later token is generated from."""
+        return len(self.models) > 1 or any(model.phi is not None and model.embed_T.last_alone for model in self.pairs)
 
     def forward(self, pair: int, update_S_NLd: Tensor, update_T_NLd: Tensor | None = None) -> Tensor:
         """What the model of a pair says [N, L_T, d_T] (`GradTransformer.forward`)."""

@@ -40,8 +40,9 @@ def save(folder: Path, strategy: Strategy, rank: int, progress: Mapping[str, Any
     if rank:
         return
     for i, pair in enumerate(strategy.model.pairs):
-        rest = dict(pair.named_buffers())
-        save_file({name: tensor.contiguous() for name, tensor in rest.items()}, folder / f"rest-{i}.safetensors")
+        kept = pair.state_dict().keys()  # of buffers those that are not made anew
+        rest = {name: tensor.contiguous() for name, tensor in pair.named_buffers() if name in kept}
+        save_file(rest, folder / f"rest-{i}.safetensors")
         (folder / f"config-{i}.json").write_text(json.dumps(pair.to_json()), encoding="utf-8")
     (folder / HISTORY).write_text(json.dumps(list(history)), encoding="utf-8")
     (folder / STATE).write_text(json.dumps(dict(progress)), encoding="utf-8")

@@ -22,7 +22,7 @@ def pair_key(study: Study, settings: GradTransformerSettings) -> str:
     """Hash of all that a training of the study's own pair depends on."""
     units = [row for validation in (False, True) for row in shadow_keys(study, validation)]
     units += input_keys(study)
-    trained = settings.model_dump(mode="json", exclude={"refinement"})
+    trained = settings.model_dump(mode="json", exclude={"refinement": True, "training": {"tracking"}})
     return unit_key({"settings": trained, "units": units, "seed": study.config.seed})
 
 

@@ -178,7 +178,7 @@ def _initial_model(
     inputs = load_inputs([row["S"] for row in input_keys(study)], study.store)
     validation_S = load_inputs([row["S"] for row in keys[True]], study.store)
     shadows = len(inputs), len(validation_S)
-    model = GradTransformer(layout_S, layout_T, phi, roots, settings.input_clip, rank, shadows)
+    model = GradTransformer(layout_S, layout_T, phi, roots, settings.input_clip, rank, shadows, settings.chunk)
     model.standard_S.fit(side_chunks(study.store, keys[False], "S"), layout_S, settings.scale_floor)
     model.standard_T.fit(side_chunks(study.store, keys[False], "T"), layout_T, settings.scale_floor)
     if model.linear is not None:

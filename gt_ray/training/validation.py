@@ -50,14 +50,20 @@ class Validation:
         model.eval()
         tuples = self.tuples
         target = model.standard_T(tuples.T_NLd)
-        error_N = (own(tuples.S_NLd) - target).square().flatten(1).sum(1)
+        free, forced = own(tuples.S_NLd), own(tuples.S_NLd, tuples.T_NLd)
+        error_N = (free - target).square().flatten(1).sum(1)
         of_mean_N = target.square().flatten(1).sum(1)
         if model.certainty is not None:
             model.certainty.set_errors(error_N / of_mean_N, of_behaviour=False)
         found = {
-            "validation_loss": float(block_loss(own(tuples.S_NLd, tuples.T_NLd), target)),
+            "validation_loss": float(block_loss(forced, target)),
+            "validation_forced": float((forced - target).square().sum() / of_mean_N.sum()),
             "validation_generated": float(error_N.sum() / of_mean_N.sum()),
+            **_raw(model.standard_T.inverse(free), tuples.T_NLd, "generated"),
+            **_raw(model.standard_T.inverse(forced), tuples.T_NLd, "forced"),
         }
+        error_L, of_mean_L = (one.square().sum((0, 2)) for one in (free - target, target))
+        found |= {f"block_error/{j}": float(error_L[j] / of_mean_L[j].clamp(min=1e-12)) for j in range(len(error_L))}
         if self.llm is not None:
             update_MLd = model.standard_T.inverse(own(tuples.mixed(self.weights_MN)[0]))
             loss_M, _ = self.llm(update_MLd, self.draws)
@@ -77,6 +83,17 @@ class Validation:
         draws = self.draws[: len(T_NLd)]
         base_N, tuned_N = self.llm(torch.cat([torch.zeros_like(T_NLd), T_NLd]), [*draws, *draws])[0].chunk(2)
         return tuned_N, base_N - tuned_N
+
+
+def _raw(update_NLd: Tensor, true_NLd: Tensor, name: str) -> dict[str, float]:
+    """What predicted updates are beside true ones in their own space: Eq. 10, cosine and ratio of norms, by tuple."""
+    predicted_NQ, true_NQ = update_NLd.flatten(1), true_NLd.flatten(1)
+    ratio_N = predicted_NQ.norm(dim=1) / true_NQ.norm(dim=1).clamp(min=1e-12)
+    return {
+        f"raw_loss_{name}": float(block_loss(update_NLd, true_NLd)),
+        f"cosine_{name}": float(torch.nn.functional.cosine_similarity(predicted_NQ, true_NQ).mean()),
+        f"norm_ratio_{name}": float(ratio_N.mean()),
+    }
 
 
 def halves(task_N: Tensor) -> Tensor:

@@ -29,8 +29,10 @@ from gt_ray.grad_transformer.several import SeveralPairs
 from gt_ray.training.behaviour import Draw, LlmActors
 from gt_ray.training.checkpoint import load_buffers, load_weights, restore, save, shaped, start_files
 from gt_ray.training.inputs import Inputs
+from gt_ray.training.meter import Meter
 from gt_ray.training.shards import ShardFiles, average, swap_averages
 from gt_ray.training.strategies import Groups, Strategy, construction, start_strategy
+from gt_ray.training.tracking import tracked
 from gt_ray.training.tuples import Tuples, mixing_weights
 from gt_ray.training.validation import Validation, together
 
@@ -48,7 +50,7 @@ class Task:
         steps: of this phase, of all pairs.
         checkpoint_steps: between two checkpoints.
         progress: file that the number of steps is written to.
-        events: folder of TensorBoard's events.
+        tracker: where the measures go: arguments of `tracked`.
     """
 
     phase: Phase
@@ -62,7 +64,7 @@ class Task:
     domains: list[str]
     llms: list[LlmActors]
     progress: str
-    events: str
+    tracker: tuple[str, Path, str, dict[str, Any]]
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -70,7 +72,6 @@ def train_worker(config: dict[str, Any]) -> None:
     """Go through a phase (`config["task"]`) from its start, or from Ray Train's last checkpoint."""
     import ray.train
     import ray.train.torch
-    from torch.utils.tensorboard import SummaryWriter
 
     task: Task = config["task"]
     settings, P = task.settings, len(task.starts)
@@ -92,16 +93,13 @@ def train_worker(config: dict[str, Any]) -> None:
         shares = [_batches(f"train-{i}", settings.batch_size // world, device, drop_last=True) for i in range(P)]
         # The data of steps that a checkpoint already holds are passed over.
         batches = itertools.islice(itertools.chain.from_iterable(zip(*shares, strict=False)), done, None)
-    writer = SummaryWriter(task.events) if rank == 0 else None
     losses: list[float] = []
-    started, waited_s = time.perf_counter(), 0.0
-    for step in range(done, task.steps):
+    started = time.perf_counter()
+    meter = Meter(device, settings.precision)
+    opened = ExitStack()
+    log = opened.enter_context(tracked(*task.tracker)) if rank == 0 else None
+    for step, batch in zip(range(done, task.steps), meter.waiting(batches), strict=False):
         i = step % P
-        asked = time.perf_counter()
-        batch = next(batches, None)
-        waited_s += time.perf_counter() - asked
-        if batch is None:
-            break
         step_seed = task.seed * 1_000_003 + (task.first + step) * world + rank
         torch.manual_seed(step_seed)  # dropout
         if task.phase == "tuples":
@@ -112,12 +110,13 @@ def train_worker(config: dict[str, Any]) -> None:
             drawn = inputs[i].draw(behaviour.adapters // world, behaviour.rows, behaviour.mix, rng)
             passes = [partial(behaviour_loss, partial(strategy, i), pairs[i], *drawn, task.llms[i])]
         losses.append(strategy.optimize(passes, rates(task, step)))
+        meter.count(pairs[i], (settings.batch_size if task.phase == "tuples" else settings.behaviour.adapters) // world)
         if task.phase == "behaviour" and i == P - 1:
             average(strategy.shards, settings.behaviour.average, first=step < P)
         if rank == 0 and step % 10 == 0:
             Path(task.progress).write_text(str(task.first + step + 1))
         if step + 1 == task.steps or (step + 1) % task.checkpoint_steps == 0:
-            wall_s = time.perf_counter() - started
+            speed = meter.read()
             with averaged(strategy):
                 validated = together(
                     [validate(pairs[j], partial(strategy, j)) for j, validate in enumerate(validations)]
@@ -126,17 +125,16 @@ def train_worker(config: dict[str, Any]) -> None:
                 "step": task.first + step + 1,
                 "loss" if task.phase == "tuples" else "behaviour": math.fsum(losses) / len(losses),
                 **validated,
-                "wall_s": wall_s,
-                "data_wait_share": waited_s / wall_s,
+                **speed,
+                "wall_s": time.perf_counter() - started,
             }
             losses.clear()
             history.append(metrics)
-            if writer:
-                for name, value in metrics.items():
-                    writer.add_scalar(f"train/{name}", value, metrics["step"])
+            if log:
+                log(metrics, task.first + step + 1)
             _report(strategy, rank, {"step": step + 1}, history)
-    if writer:
-        writer.close()
+            meter.resume()
+    opened.close()
 
 
 def begin(task: Task, rank: int, device: torch.device) -> Strategy:

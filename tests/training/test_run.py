@@ -12,7 +12,9 @@ from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.studies.pipeline import curate_stage
-from gt_ray.training.run import train
+from gt_ray.training.run import _initial_model, train
+from gt_ray.training.tuples import shadow_keys
+from gt_ray.updates.unit import UnitMeta
 from tests.conftest import tiny_config
 
 
@@ -53,3 +55,16 @@ def test_training_learns_resumes_and_is_not_repeated(
 def _assert_equal(first: GradTransformer, second: GradTransformer) -> None:
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+def test_the_start_has_what_the_config_says(tiny_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    overrides = ("grad_transformer.chunk=8", "grad_transformer.linear_rank=4")
+    study = Study.load(tiny_config(tiny_pair, tmp_path, *overrides))
+    for side, root in study.roots.items():
+        for job in study.shadow_jobs(side):
+            snapshots = torch.randn(2, root.layout.L, root.layout.d)
+            study.store.write(job.key, root.layout.padded(root.layout.flat(snapshots)), UnitMeta("", {}, [1, 0], 1))
+    keys = {validation: shadow_keys(study, validation) for validation in (False, True)}
+    model = _initial_model(study, study.config.grad_transformer, keys)
+    assert model.chunk == 8 and model.out.map.out_features == 8
+    assert model.linear is not None and model.linear.rank == 4

@@ -1,4 +1,4 @@
-"""All strategies do the same arithmetic; a checkpoint of one goes on with another, and with other numbers of workers."""
+"""All strategies do the same arithmetic; a checkpoint of one goes on with another, and with more or fewer workers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def task_of(start: Path, phase: Any = "tuples", **settings: Any) -> Task:
             **settings,
         }
     )
-    return Task(phase, [str(start)], typed, None, 0, 0, STEPS, 1, [], [], "", "")
+    return Task(phase, [str(start)], typed, None, 0, 0, STEPS, 1, [], [], "", ("tensorboard", Path(), "", {}))
 
 
 def steps(strategy: Strategy, task: Task, first: int, last: int, rank: int, world: int) -> list[float]:
