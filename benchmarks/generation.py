@@ -1,4 +1,4 @@
-"""Time to generate an LLM's adapter, phi as large as Flan-T5-Large with random weights, beside the floor from bytes moved.
+"""Time to generate an adapter with a phi of Flan-T5-Large's size (random weights), beside the floor from bytes moved.
 
 The floor: what a step of generation has to read (the decoder, W_T and W_out for each block, the encoder and W_S once)
 over the speed at which this device reads memory.

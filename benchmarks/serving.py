@@ -10,8 +10,7 @@ machine.
 The last line of the output is JSON: `overhead_ms` (a request less bare generation, embedded pair, medians),
 `overhead` (a request over bare generation, phi of Flan-T5-Large's size), `concurrency_gain` (throughput of 32 clients
 at once over one at a time), `p50_ms`, `p99_ms`, `lost`, `wrong` (of the soak: 80 % load, one of two generators killed
-every minute), and of generation alone with 7B-sized blocks `seconds_7b` an adapter and `floor_7b`, what moving the
-weights takes.
+every minute). Generation alone, of larger blocks and on a GPU: generation.py.
 """
 
 from __future__ import annotations
@@ -30,13 +29,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import typer
-from torch import Tensor
 
 from gt_ray.config import PhiSettings, load_config
 from gt_ray.curation.study import load_roots, root_file
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.grad_transformer.phi import make_phi
-from gt_ray.updates.layout import Layout
 from gt_ray.updates.update_files import UpdateInfo, parse_update, update_bytes
 
 INFO = UpdateInfo({"steps": 30}, 256)
@@ -199,37 +196,6 @@ async def soak(bench: Bench, rate: float, for_s: float, kill_every_s: float) -> 
     return {"p50_ms": 1000 * statistics.median(walls), "p99_ms": 1000 * cuts[98], "lost": lost, "wrong": wrong}
 
 
-def blocks_of_7b() -> dict[str, float]:
-    """Seconds to generate an adapter of Qwen2.5-7B's sizes from a 3B update, and the floor from bytes moved."""
-
-    def layout(layers: int, hidden: int, kv: int) -> Layout:
-        shapes = {}
-        for layer in range(layers):
-            for name, out in (("q_proj", hidden), ("k_proj", kv)):
-                module = f"model.layers.{layer}.self_attn.{name}"
-                shapes |= {f"{module}.lora_A": (2, hidden), f"{module}.lora_B": (out, 2)}
-        return Layout.of(shapes)
-
-    tinylm, llm = layout(36, 2048, 256), layout(28, 3584, 512)
-    model = GradTransformer(tinylm, llm, make_phi(LARGE), {"tinylm": "", "llm": ""}).eval()
-    update_1Ld: Tensor = torch.randn(1, tinylm.L, tinylm.d)
-    model.generate(update_1Ld)
-    wall_s = min(seconds(lambda: model.generate(update_1Ld)) for _ in range(3))
-    assert model.phi is not None
-
-    def bytes_of(module: torch.nn.Module) -> int:
-        return sum(parameter.nbytes for parameter in module.parameters())
-
-    # The decoder, W_T and W_out are read for each block; the encoder and W_S once.
-    again = bytes_of(model.phi.decoder) + bytes_of(model.embed_T) + bytes_of(model.out)
-    moved = llm.L * again + bytes_of(model.phi.encoder) + bytes_of(model.embed_S)
-    source = torch.ones(2**28)
-    bytes_per_s = source.nbytes / min(seconds(source.sum) for _ in range(5))
-    floor_s = moved / bytes_per_s
-    print(f"7B-sized blocks: {wall_s:.2f} s an adapter, floor {floor_s:.2f} s ({moved / 1e9:.0f} GB moved, one thread)")
-    return {"seconds_7b": wall_s, "floor_7b": floor_s}
-
-
 def main(
     rounds: Annotated[int, typer.Option(help="Requests that take turns with bare generation.")] = 60,
     soak_s: Annotated[float, typer.Option(help="Seconds of the soak.")] = 600,
@@ -267,8 +233,6 @@ def main(
             print(f"phi of Flan-T5-Large's size: bare {bare_s:.2f} s, a request {request_s:.2f} s")
         serve.shutdown()
         ray.shutdown()
-        if large:
-            found |= blocks_of_7b()
     print(json.dumps({name: round(value, 3) for name, value in found.items()}))
 
 
