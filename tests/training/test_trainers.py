@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,8 +91,8 @@ def ray_of(setup: Callable[[], None] | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
-def deadly(folder: Path, at: int) -> Callable[[], None]:
-    """Trainers of which one is killed when it begins its behaviour step `at`, once; logs the steps of all."""
+def deadly(folder: Path, at: int, end: Callable[[], object]) -> Callable[[], None]:
+    """Trainers of which one meets its end when it begins its behaviour step `at`, once; logs the steps of all."""
 
     def setup() -> None:
         from gt_ray.training import worker
@@ -108,7 +109,7 @@ def deadly(folder: Path, at: int) -> Callable[[], None]:
                     pass
                 else:
                     time.sleep(5)  # until the last checkpoint has been heard of
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    end()
             return behave(*args)
 
         worker.behaviour_loss = logged
@@ -119,11 +120,12 @@ def deadly(folder: Path, at: int) -> Callable[[], None]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize(("pairs", "strategy"), [(1, "ddp"), (2, "ddp"), (1, "zero3")])
 def test_a_trainer_that_dies_in_the_behaviour_phase_changes_nothing(
-    pairs: int, tiny_pair: tuple[Path, Path], tmp_path: Path
+    pairs: int, strategy: str, tiny_pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     recipe = ["linear_rank=4", "phi.dropout=0.1", "training.workers=2", "training.learning_rate=1e-2"]
+    recipe.append(f"training.strategy={strategy}")
     recipe += [f"training.behaviour.{key}" for key in ("steps=10", "adapters=2", "rows=2", "learning_rate=1e-2")]
     overrides = [f"grad_transformer.{override}" for override in recipe]
     if pairs == 2:
@@ -133,7 +135,7 @@ def test_a_trainer_that_dies_in_the_behaviour_phase_changes_nothing(
         curate_stage(study)
         undisturbed = train(study)
     # Checkpoints lie at the steps 6, 12, 18 and 22 of each pair; this is after the third.
-    with ray_of(deadly(tmp_path, at=8 * pairs)):
+    with ray_of(deadly(tmp_path, at=8 * pairs, end=lambda: os.kill(os.getpid(), signal.SIGKILL))):
         killed = train(Study.load(study.config.model_copy(update={"runs": tmp_path / "killed-runs"})))
     assert (tmp_path / "killed").is_dir()
     steps = sorted(len(log.read_text().split()) for log in tmp_path.glob("steps-*"))
@@ -147,3 +149,43 @@ def test_a_trainer_that_dies_in_the_behaviour_phase_changes_nothing(
     states = [GradTransformer.load(out).state_dict() for out in (undisturbed, killed)]
     for name, tensor in states[0].items():
         assert torch.allclose(tensor, states[1][name], rtol=1e-5, atol=1e-7, equal_nan=True), name
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.scale
+@pytest.mark.timeout(900)
+def test_a_node_that_leaves_lets_training_go_on_with_fewer_workers(
+    tiny_pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    recipe = ["linear_rank=4", "training.workers=2", "training.min_workers=1", "training.num_cpus=2"]
+    recipe += [f"training.behaviour.{key}" for key in ("steps=10", "adapters=2", "rows=2", "learning_rate=1e-2")]
+    recipe.append("training.strategy=zero2")
+    study = Study.load(tiny_config(tiny_pair, tmp_path, *(f"grad_transformer.{override}" for override in recipe)))
+    with ray_of():
+        curate_stage(study)
+    # One trainer and the data fit on the first node, another trainer on the second one, which ends with its Ray.
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
+    second = cluster.add_node(num_cpus=2)
+
+    def remove_second() -> None:
+        while not (tmp_path / "killed").is_dir():
+            time.sleep(0.5)
+        time.sleep(5)  # until the last checkpoint has been heard of
+        cluster.remove_node(second, allow_graceful=False)
+
+    try:
+        threading.Thread(target=remove_second, daemon=True).start()
+        environment = {"worker_process_setup_hook": deadly(tmp_path, at=8, end=lambda: time.sleep(600))}
+        ray.init(cluster.address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
+        out = train(study)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert (tmp_path / "killed").is_dir()
+    assert json.loads((out / "history.json").read_text())[-1]["step"] == 22
+    steps = sorted(len(log.read_text().split()) for log in tmp_path.glob("steps-*"))
+    assert len(steps) == 3 and steps[-1] >= 4, "two trainers, then one"
