@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -57,6 +58,7 @@ class Meter:
 
     def __init__(self, device: torch.device, precision: str) -> None:
         self._device, self._peak = device, matrix_peak(device, precision)
+        self._of_a_tuple = cache(operations)
         self._start()
 
     def _start(self) -> None:
@@ -77,7 +79,7 @@ class Meter:
         """A step of so many tuples, or generated updates, has been done."""
         if model.phi is not None:
             self._tokens += tuples * (model.embed_S.tokens + model.embed_T.tokens)
-            self._operations += tuples * operations(model)
+            self._operations += tuples * self._of_a_tuple(model)
 
     def read(self) -> dict[str, float]:
         """Measures of this worker since the last reading; the next one begins when `resume` is called."""

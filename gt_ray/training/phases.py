@@ -87,7 +87,7 @@ def run_phases(
         domains=[shadow.domain for shadow in study.shadows],
         llms=[],
         progress=str((home / "step").resolve()),
-        tracker=(training.tracking, events.resolve(), home.name, training.model_dump(mode="json")),
+        tracker=(training.tracking, events.resolve(), study.config.run_folder.name, training.model_dump(mode="json")),
     )
     models = list(starts)
     metrics: dict[str, float] = {}

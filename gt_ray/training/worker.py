@@ -13,7 +13,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gt_ray.config import TrainingSettings
+from gt_ray.config import PhiSettings, TrainingSettings
 from gt_ray.grad_transformer.network import GradTransformer, block_loss, read_config
 from gt_ray.grad_transformer.phi import phi_files, pretrained_name
 from gt_ray.grad_transformer.several import SeveralPairs
@@ -56,7 +56,7 @@ class Task:
     phase: Phase
     starts: list[str]
     settings: TrainingSettings
-    phi: Any
+    phi: PhiSettings | None
     seed: int
     first: int
     steps: int
@@ -96,45 +96,46 @@ def train_worker(config: dict[str, Any]) -> None:
     losses: list[float] = []
     started = time.perf_counter()
     meter = Meter(device, settings.precision)
-    opened = ExitStack()
-    log = opened.enter_context(tracked(*task.tracker)) if rank == 0 else None
-    for step, batch in zip(range(done, task.steps), meter.waiting(batches), strict=False):
-        i = step % P
-        step_seed = task.seed * 1_000_003 + (task.first + step) * world + rank
-        torch.manual_seed(step_seed)  # dropout
-        if task.phase == "tuples":
-            generator = torch.Generator().manual_seed(step_seed)
-            passes = tuple_passes(strategy, i, Tuples.of(batch), settings, generator)
-        else:
-            behaviour, rng = settings.behaviour, random.Random(step_seed)
-            drawn = inputs[i].draw(behaviour.adapters // world, behaviour.rows, behaviour.mix, rng)
-            passes = [partial(behaviour_loss, partial(strategy, i), pairs[i], *drawn, task.llms[i])]
-        losses.append(strategy.optimize(passes, rates(task, step)))
-        meter.count(pairs[i], (settings.batch_size if task.phase == "tuples" else settings.behaviour.adapters) // world)
-        if task.phase == "behaviour" and i == P - 1:
-            average(strategy.shards, settings.behaviour.average, first=step < P)
-        if rank == 0 and step % 10 == 0:
-            Path(task.progress).write_text(str(task.first + step + 1))
-        if step + 1 == task.steps or (step + 1) % task.checkpoint_steps == 0:
-            speed = meter.read()
-            with averaged(strategy):
-                validated = together(
-                    [validate(pairs[j], partial(strategy, j)) for j, validate in enumerate(validations)]
+    with tracked(*task.tracker) if rank == 0 else nullcontext() as log:
+        for step, batch in zip(range(done, task.steps), meter.waiting(batches), strict=False):
+            i = step % P
+            step_seed = task.seed * 1_000_003 + (task.first + step) * world + rank
+            torch.manual_seed(step_seed)  # dropout
+            if task.phase == "tuples":
+                mine = settings.batch_size // world
+                generator = torch.Generator().manual_seed(step_seed)
+                passes = tuple_passes(strategy, i, Tuples.of(batch), settings, generator)
+            else:
+                mine, behaviour, rng = (
+                    settings.behaviour.adapters // world,
+                    settings.behaviour,
+                    random.Random(step_seed),
                 )
-            metrics = {
-                "step": task.first + step + 1,
-                "loss" if task.phase == "tuples" else "behaviour": math.fsum(losses) / len(losses),
-                **validated,
-                **speed,
-                "wall_s": time.perf_counter() - started,
-            }
-            losses.clear()
-            history.append(metrics)
-            if log:
-                log(metrics, task.first + step + 1)
-            _report(strategy, rank, {"step": step + 1}, history)
-            meter.resume()
-    opened.close()
+                drawn = inputs[i].draw(mine, behaviour.rows, behaviour.mix, rng)
+                passes = [partial(behaviour_loss, partial(strategy, i), pairs[i], *drawn, task.llms[i])]
+            losses.append(strategy.optimize(passes, rates(task, step)))
+            meter.count(pairs[i], mine)
+            if task.phase == "behaviour" and i == P - 1:
+                average(strategy.shards, settings.behaviour.average, first=step < P)
+            if rank == 0 and step % 10 == 0:
+                Path(task.progress).write_text(str(task.first + step + 1))
+            if step + 1 == task.steps or (step + 1) % task.checkpoint_steps == 0:
+                speed = meter.read()
+                with averaged(strategy):
+                    found = [validate(pairs[j], partial(strategy, j)) for j, validate in enumerate(validations)]
+                metrics = {
+                    "step": task.first + step + 1,
+                    "loss" if task.phase == "tuples" else "behaviour": math.fsum(losses) / len(losses),
+                    **together(found),
+                    **speed,
+                    "wall_s": time.perf_counter() - started,
+                }
+                losses.clear()
+                history.append(metrics)
+                if log:
+                    log(metrics, task.first + step + 1)
+                _report(strategy, rank, {"step": step + 1}, history)
+                meter.resume()
 
 
 def begin(task: Task, rank: int, device: torch.device) -> Strategy:
