@@ -16,6 +16,7 @@ from rich.filesize import decimal
 
 from gt_ray.config import Config, ModelSettings
 from gt_ray.errors import UserError
+from gt_ray.pairs.families import known_config
 from gt_ray.pairs.models import EMBEDDED_PREFIX, resolve
 from gt_ray.pairs.root import initial_tensors
 from gt_ray.progress import say
@@ -102,9 +103,11 @@ def needs(settings: ModelSettings, config: PretrainedConfig | None = None) -> Mo
 
 
 def _config_of(model: str) -> PretrainedConfig:
-    """A model's config, without its weights."""
+    """A model's config, without its weights: of a known family by name, else of the model's folder."""
     from transformers import AutoConfig
 
+    if (known := known_config(model)) is not None:
+        return known
     try:
         return AutoConfig.from_pretrained(resolve(model) if model.startswith(EMBEDDED_PREFIX) else model)
     except (OSError, ValueError) as error:
