@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 @cache
 def _families() -> dict[str, dict[str, Any]]:
-    sizes: dict[str, dict[str, Any]] = json.loads(
-        Path(__file__).with_name("families.json").read_text(encoding="utf-8")
-    )
+    sizes: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("families.json").read_text(encoding="utf-8"))
     return sizes
 
 
@@ -35,9 +33,7 @@ def known_config(model: str) -> Qwen2Config | T5Config | None:
     if sizes is None:
         return None
     if name.startswith("flan-t5"):
-        return T5Config(
-            **sizes, d_kv=64, vocab_size=32128, feed_forward_proj="gated-gelu", tie_word_embeddings=False
-        )
+        return T5Config(**sizes, d_kv=64, vocab_size=32128, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     return Qwen2Config(**sizes, pad_token_id=0)
 
 

@@ -10,6 +10,7 @@ allocate the same tensors in the same order, so each moment of a step of N tuple
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,7 +70,9 @@ def fake_step(build: Callable[[], GradTransformer], numbers: Numbers, checkpoint
         if numbers == "bf16":
             model.bfloat16()
         if checkpointing and model.phi is not None:
-            model.phi.gradient_checkpointing_enable({"use_reentrant": False})
+            # Backward passes run outside of function modes, but what they compute again is a GPU's too.
+            again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), GpuKernels())}
+            model.phi.gradient_checkpointing_enable(again)
         # Counting operations changes what is allocated, for it takes some of them apart.
         with FlopCounterMode(display=False) as counter:
             _step(model, SMALLEST, numbers)
