@@ -178,7 +178,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Estimate what a study takes, from the models' configs alone: parameters, memory by strategy, hours, store, nodes."""
+    """Estimate what a study takes, from configs alone: parameters, memory by strategy, hours, store, nodes."""
     from gt_ray.cli_plan import show_plan
     from gt_ray.training.hours import Rates
 

@@ -209,8 +209,8 @@ class TrainingSettings(Section):
     num_cpus: float = Field(1, gt=0, description="CPUs of one training worker")
     strategy: Literal["ddp", "zero1", "zero2", "zero3"] = Field(
         "ddp",
-        description="what the workers share out: nothing (ddp), or by DeepSpeed the optimizer's state (zero1), gradients "
-        "too (zero2), weights too (zero3)",
+        description="what the workers share out: nothing (ddp), or by DeepSpeed the optimizer's state (zero1), "
+        "gradients too (zero2), weights too (zero3)",
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products; weights are kept in float32")
     accumulation: int = Field(1, ge=1, description="passes that the batch of an optimizer step is cut into")
@@ -259,8 +259,8 @@ class GradTransformerSettings(Section):
     chunk: int | None = Field(
         None,
         ge=8,
-        description="coordinates of a token of phi: blocks are cut into chunks, whose ends do not grow with the LLM; none: "
-        "a block is a token, as in the paper",
+        description="coordinates of a token of phi: blocks are cut into chunks, whose ends do not grow with the LLM; "
+        "none: a block is a token, as in the paper",
     )
     scale_floor: float = Field(0.1, ge=0, description="floor of a scale, as a share of its module's RMS (decision 7)")
     training: TrainingSettings = TrainingSettings()

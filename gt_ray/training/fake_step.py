@@ -10,12 +10,12 @@ allocate the same tensors in the same order, so each moment of a step of N tuple
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -28,6 +28,7 @@ Numbers = Literal["fp32", "autocast", "bf16"]
 """How a step computes: in float32; float32 weights with bf16 products (autocast); all in bf16 (DeepSpeed)."""
 IN_FLOAT32 = (torch.pow, torch.Tensor.pow, torch.rsqrt, torch.Tensor.rsqrt)
 """What autocast computes in float32 on a GPU, and not on a CPU, as far as T5 uses it."""
+Kernels = Callable[[], AbstractContextManager[Any]]
 SMALLEST = 2
 """Tuples of the smaller run; with one, operators skip copies that they make of more."""
 
@@ -59,26 +60,40 @@ class FakeStep:
         )
 
 
-def fake_step(build: Callable[[], GradTransformer], numbers: Numbers, checkpointing: bool) -> FakeStep:
+def fake_step(
+    build: Callable[[], GradTransformer], numbers: Numbers, checkpointing: bool, gpu: bool = True
+) -> FakeStep:
     """Run Eq. 10 forward and backward twice on fake tensors.
 
     Args:
         build: makes the Grad-Transformer; it is called under fake tensors.
+        gpu: keep what a GPU's kernels keep; otherwise what a CPU's do.
     """
+    kernels = GpuKernels if gpu else nullcontext
     with FakeTensorMode():
         model = build().train()
         if numbers == "bf16":
-            model.bfloat16()
+            _to_bf16(model)
         if checkpointing and model.phi is not None:
             # Backward passes run outside of function modes, but what they compute again is a GPU's too.
-            again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), GpuKernels())}
+            again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), kernels())}
             model.phi.gradient_checkpointing_enable(again)
         # Counting operations changes what is allocated, for it takes some of them apart.
         with FlopCounterMode(display=False) as counter:
-            _step(model, SMALLEST, numbers)
-        two, three = (_traced(model, N, numbers) for N in (SMALLEST, SMALLEST + 1))
+            training_step(model, SMALLEST, numbers, kernels)
+        two, three = (_traced(model, N, numbers, kernels) for N in (SMALLEST, SMALLEST + 1))
     live = tuple(zip(two.live, three.live, strict=True))
     return FakeStep(live, tuple(two.gradients), counter.get_total_flops() / SMALLEST)
+
+
+def _to_bf16(model: nn.Module) -> None:
+    """`model.bfloat16()`, which does not work on fake weights."""
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(weight.detach().bfloat16()))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.bfloat16())
 
 
 class _Trace(LiveTensors):
@@ -98,7 +113,7 @@ class _Trace(LiveTensors):
             self.gradients.append(self.complete)
 
 
-def _traced(model: GradTransformer, N: int, numbers: Numbers) -> _Trace:
+def _traced(model: GradTransformer, N: int, numbers: Numbers, kernels: Kernels) -> _Trace:
     trace = _Trace()
 
     def complete(weight: Tensor) -> None:
@@ -108,16 +123,17 @@ def _traced(model: GradTransformer, N: int, numbers: Numbers) -> _Trace:
 
     hooks = [weight.register_post_accumulate_grad_hook(complete) for weight in model.parameters()]
     with trace:
-        _step(model, N, numbers)
+        training_step(model, N, numbers, kernels)
     for hook in hooks:
         hook.remove()
     return trace
 
 
-def _step(model: GradTransformer, N: int, numbers: Numbers) -> None:
+def training_step(model: GradTransformer, N: int, numbers: Numbers, kernels: Kernels = nullcontext) -> None:
+    """Forward and backward pass of Eq. 10 on N random tuples."""
     updates = (torch.randn(N, one.L, one.d) for one in (model.layout_S, model.layout_T))
     dtype = torch.bfloat16 if numbers == "bf16" else torch.float32
-    with GpuKernels():
+    with kernels():
         with torch.autocast("cpu", torch.bfloat16, enabled=numbers == "autocast"):
             loss = model.loss(*(update.to(dtype) for update in updates))
         loss.backward()
@@ -128,8 +144,8 @@ class GpuKernels(TorchFunctionMode):
 
     - Dropout keeps a mask of a byte, not of the input's type.
     - Autocast computes powers and inverse roots in float32.
-    - Attention with a bias whose last dimension is contiguous is the memory-efficient kernel; with another (T5's relative
-      positions) PyTorch falls back to plain products in float32.
+    - Attention with a bias whose last dimension is contiguous is the memory-efficient kernel; with another (T5's
+      relative positions) PyTorch falls back to plain products in float32.
     """
 
     def __torch_function__(

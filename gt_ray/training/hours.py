@@ -1,8 +1,9 @@
 """Hours and bytes of a study on given GPUs: curation, training, generation, evaluation, store.
 
-Rates are shares of what a large matrix product reaches (`MATRIX_PEAK` of the maker's figure), measured on one H200 in bf16
-(`benchmarks/engine.py`, `training.py`, `generation.py`). A token of a fine-tune takes 4 operations a weight behind the
-embedding (forward, and backward through frozen weights), 6 with gradient checkpointing. Everything here is an estimate.
+Rates are shares of what a large matrix product reaches (`MATRIX_PEAK` of the maker's figure), measured on one H200 in
+bf16 (`benchmarks/engine.py`, `training.py`, `generation.py`). A token of a fine-tune takes 4 operations a weight behind
+the embedding (forward, and backward through frozen weights), 6 with gradient checkpointing. Everything here is an
+estimate.
 """
 
 from __future__ import annotations
@@ -160,7 +161,8 @@ class Hours:
             )
             reading = answer * found.weight_bytes / evaluation.vllm.max_num_seqs / (DECODING * gpu.bytes_per_s)
             seconds += count * rows * (computing + reading)
-        how = f"{sum(systems.values())} systems on {rows:,} rows, {self.rates.tokens} + {answer} tokens each; starts not counted"
+        each = f"{self.rates.tokens} + {answer} tokens each"
+        how = f"{sum(systems.values())} systems on {rows:,} rows, {each}; starts not counted"
         return self._spread(seconds, how)
 
     def sizes(self) -> dict[str, int]:

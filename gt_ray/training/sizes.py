@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from gt_ray.config import Config, GradTransformerSettings, PairSettings
+from gt_ray.config import Config, GradTransformerSettings
 from gt_ray.curation.plan import validation_every
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.network import GradTransformer, make_phi, phi_of
@@ -34,28 +34,33 @@ LIVE = 1_000_000_000
 """Most weights that ZeRO-3 holds gathered at a time."""
 
 
-def build_shape(config: Config, pair: PairSettings | None = None) -> GradTransformer:
-    """The Grad-Transformer of a pair (none: the study's own), with random weights where it is called.
+def build_shape(config: Config, layers: int | None = None) -> GradTransformer:
+    """The Grad-Transformer of a study's pair, with random weights on the device that is current.
 
     Under a meta device or fake tensors it takes no memory. phi is of a known family, of a folder, or from scratch.
+
+    Args:
+        layers: of phi's encoder and decoder each, for trials; none: as many as it has.
 
     Raises:
         UserError: a model or phi is of no known family and no folder.
     """
-    pair, settings = pair or config.pair, config.grad_transformer
-    layouts = [layout_of(model.model, model.lora) for model in (pair.tinylm, pair.llm)]
+    settings = config.grad_transformer
+    layouts = [layout_of(model.model, model.lora) for model in (config.pair.tinylm, config.pair.llm)]
     training, validation, inputs = shadow_counts(config)
     more: dict[str, Any] = {} if settings.chunk is None else {"chunk": settings.chunk}
     rank = min(settings.linear_rank, training - 1)
     return GradTransformer(
-        *layouts, _phi(settings), {}, settings.input_clip, rank, shadows=(inputs, validation), **more
+        *layouts, _phi(settings, layers), {}, settings.input_clip, rank, shadows=(inputs, validation), **more
     )
 
 
-def _phi(settings: GradTransformerSettings) -> Any:
+def _phi(settings: GradTransformerSettings, layers: int | None) -> Any:
     phi = settings.phi
-    if phi is None or phi.pretrained is None:
-        return None if phi is None else make_phi(phi)
+    if phi is None:
+        return None
+    if phi.pretrained is None:
+        return make_phi(phi if layers is None else phi.model_copy(update={"layers": layers}))
     if (config := known_config(phi.pretrained)) is None:
         from transformers import AutoConfig
 
@@ -63,6 +68,8 @@ def _phi(settings: GradTransformerSettings) -> Any:
             config = AutoConfig.from_pretrained(phi.pretrained)
         except (OSError, ValueError) as error:
             raise UserError(f"grad_transformer.phi.pretrained={phi.pretrained!r}: no config.json: {error}") from error
+    if layers is not None:
+        config.num_layers = config.num_decoder_layers = layers
     return phi_of(config)
 
 
@@ -132,7 +139,7 @@ def held(P: int, buffers: int, n: int, strategy: Strategy, bf16: bool, average: 
 
 
 def shards(model: nn.Module, n: int) -> Iterator[list[tuple[str, int, int]]]:
-    """How the optimizer's state is shared out among n GPUs: for each the parameters' (name, first, end) of its elements.
+    """How the optimizer's state is shared out among n GPUs: for each (parameter, first, end) of its elements.
 
     As ZeRO does it: all parameters one behind the other, cut into n equal pieces, the last filled up.
     """
