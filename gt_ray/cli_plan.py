@@ -104,13 +104,14 @@ def _memory(found: Mapping[str, Any], ways: list[Way]) -> Table:
     passes = f"{found['trainers']} trainers, passes of {first.tuples} tuples" + (
         ", activation checkpointing" if first.checkpointing else ""
     )
-    heads = [way.strategy + (" offload" if way.offload else "") for way in ways]
-    table = Table(f"GiB a GPU ({passes})", *heads, title="training", caption="fits: with a tenth of the GPU to spare")
+    heads = [way.strategy + (" off" if way.offload else "") for way in ways]
+    title, caption = f"training: GiB a GPU, {passes}", "fits: with a tenth of the GPU to spare; off: state offloaded"
+    table = Table("", *heads, title=title, caption=caption)
     for item in dict.fromkeys(item for way in ways for item in way.items):
         table.add_row(item, *(_gib(way.items[item]) if way.items.get(item) else "-" for way in ways))
     table.add_section()
     table.add_row("in all", *(_gib(way.total) for way in ways))
-    table.add_row("machine's memory for it", *(_gib(way.host) if way.host else "-" for way in ways))
+    table.add_row("in the machine", *(_gib(way.host) if way.host else "-" for way in ways))
     table.add_row("", *(MARK[way.fits] for way in ways))
     return table
 
