@@ -16,6 +16,7 @@ from gt_ray.curation.planner import TYPICAL_TOKENS, needs, unit_bytes, unit_coun
 from gt_ray.pairs.families import shape_of
 from gt_ray.training.machines import MATRIX_PEAK
 from gt_ray.training.planner import TrainingPlan, Way
+from gt_ray.training.sizes import shadow_counts
 
 CURATION_SHARES = ((0.494e9, 0.132), (7.616e9, 0.342))
 """(Parameters, share of the matrix peak) of Qwen2.5-0.5B with 8 adapters and of 7B with one."""
@@ -181,14 +182,12 @@ def operations(model: ModelSettings) -> int:
     """Of a token in a fine-tune of adapters."""
     shape = shape_of(model.model)
     ends = {id(end.weight): end.weight.numel() for end in (shape.get_input_embeddings(), shape.get_output_embeddings())}
-    inner = sum(parameter.numel() for parameter in shape.parameters()) - sum(ends.values())
+    inner: int = sum(parameter.numel() for parameter in shape.parameters()) - sum(ends.values())
     return (6 if model.gradient_checkpointing else 4) * inner
 
 
 def tuples_of(config: Config) -> int:
     """Training tuples of one epoch."""
-    from gt_ray.training.sizes import shadow_counts
-
     return shadow_counts(config)[0] * len(config.curation.snapshot_steps)
 
 

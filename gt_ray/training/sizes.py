@@ -46,13 +46,12 @@ def build_shape(config: Config, layers: int | None = None) -> GradTransformer:
         UserError: a model or phi is of no known family and no folder.
     """
     settings = config.grad_transformer
-    layouts = [layout_of(model.model, model.lora) for model in (config.pair.tinylm, config.pair.llm)]
+    layout_S, layout_T = (layout_of(model.model, model.lora) for model in (config.pair.tinylm, config.pair.llm))
     training, validation, inputs = shadow_counts(config)
     more: dict[str, Any] = {} if settings.chunk is None else {"chunk": settings.chunk}
     rank = min(settings.linear_rank, training - 1)
-    return GradTransformer(
-        *layouts, _phi(settings, layers), {}, settings.input_clip, rank, shadows=(inputs, validation), **more
-    )
+    phi, shadows = _phi(settings, layers), (inputs, validation)
+    return GradTransformer(layout_S, layout_T, phi, {}, settings.input_clip, rank, shadows, **more)
 
 
 def _phi(settings: GradTransformerSettings, layers: int | None) -> Any:

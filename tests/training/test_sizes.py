@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -52,7 +54,9 @@ def test_what_is_held_is_what_a_real_optimizer_holds() -> None:
     weights = sum(weight.untyped_storage().nbytes() for weight in model.parameters())
     states = [state for of_weight in optimizer.state.values() for state in of_weight.values() if state.numel() > 1]
     assert items["weights"] == items["gradients"] == items["moving average"] == weights
-    assert items["moments"] == sum(state.untyped_storage().nbytes() for state in states) and not items["gradient buckets"]
+    assert (
+        items["moments"] == sum(state.untyped_storage().nbytes() for state in states) and not items["gradient buckets"]
+    )
     assert items["buffers"] == sum(buffer.untyped_storage().nbytes() for buffer in model.buffers())
 
 
@@ -80,7 +84,7 @@ def test_shards_cover_each_parameter_exactly_once(n: int) -> None:
     for name, parameter in model.named_parameters():
         ranges = sorted((first, end) for piece in pieces for found, first, end in piece if found == name)
         assert ranges[0][0] == 0 and ranges[-1][1] == parameter.numel()
-        assert all(left[1] == right[0] for left, right in zip(ranges, ranges[1:], strict=False))
+        assert all(left[1] == right[0] for left, right in pairwise(ranges))
 
 
 def test_shadows_are_counted_as_they_are_planned() -> None:
