@@ -163,22 +163,26 @@ def study(
         print_populations(tree["populations"])
 
 
-@app.command(epilog="Example: `gt-ray plan --preset qwen2.5-3b-to-7b --gpu-gb 80`")
+@app.command(epilog="Example: `gt-ray plan --preset qwen2.5-0.5b-to-32b --gpus 8xH100`")
 def plan(
     preset: Preset = "embedded",
     overrides: Overrides = None,
-    gpu_gb: Annotated[float, typer.Option(help="Memory of one GPU, in GB.")] = 80,
+    gpus: Annotated[str, typer.Option(help="How many GPUs of which kind.")] = "8xH100",
+    curation_rate: Annotated[
+        float | None, typer.Option(help="Share of the matrix peak that fine-tunes reach; none: as measured.", min=1e-3)
+    ] = None,
+    training_rate: Annotated[
+        float | None, typer.Option(help="The same of training by Eq. 10; none: as measured.", min=1e-3)
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of a sample, prompt and answer.", min=1)] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Estimate what curation takes, from the models' configs alone: memory, GPUs of an actor, size of the store."""
-    from rich.table import Table
+    """Estimate what a study takes, from configs alone: parameters, memory by strategy, hours, store, nodes."""
+    from gt_ray.cli_plan import show_plan
+    from gt_ray.training.hours import Rates
 
-    from gt_ray.curation.planner import plan_rows
-
-    rows = plan_rows(_config(preset, overrides, quiet=False), int(gpu_gb * 1e9))
-    table = Table("curation of", *(row.pop("model") for row in rows), caption="estimates, from configs alone")
-    for name in rows[0]:
-        table.add_row(name, *(row[name] for row in rows))
-    Console().print(table)
+    show_plan(_config(preset, overrides, quiet or as_json), gpus, Rates(curation_rate, training_rate, tokens), as_json)
 
 
 store_app = typer.Typer(no_args_is_help=True, help="Look after an update store: a folder, `s3://...` or `gs://...`.")

@@ -11,7 +11,21 @@ from pydantic import ValidationError
 from gt_ray.config import Config, config_of_model, known_keys, load_config, preset_names
 from gt_ray.errors import UserError
 
-REAL = {name for name in preset_names() if not name.startswith("embedded")}
+REAL = {name for name in preset_names() if not name.startswith("embedded") and not name.endswith(("-xl", "-xxl"))}
+LARGER = {"7b": ("xl",), "14b": ("xl",), "32b": ("xl", "xxl")}
+
+
+def test_presets_with_a_larger_phi_differ_in_phi_and_training_alone() -> None:
+    for llm, sizes in LARGER.items():
+        plain = load_config(f"qwen2.5-0.5b-to-{llm}").model_dump(exclude={"preset"})
+        for size in sizes:
+            larger = load_config(f"qwen2.5-0.5b-to-{llm}-{size}").model_dump(exclude={"preset"})
+            phi, training = (larger["grad_transformer"].pop(key) for key in ("phi", "training"))
+            before = {**plain, "grad_transformer": dict(plain["grad_transformer"])}
+            before["grad_transformer"].pop("phi"), before["grad_transformer"].pop("training")
+            assert larger == before and phi["pretrained"] == f"google/flan-t5-{size}"
+            assert training["workers"] == training["behaviour"]["workers"] == 4  # of 8 GPUs
+            assert training["strategy"].startswith("zero") and training["precision"] == "bf16"
 
 
 @pytest.mark.parametrize("preset", preset_names())

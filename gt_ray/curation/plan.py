@@ -56,6 +56,11 @@ class Shadow:
         return "public-validation" if self.validation else "public-train"
 
 
+def validation_every(shadows: int) -> int:
+    """Of so many shadows, which one in turn validates."""
+    return min(VALIDATION_EVERY, max(2, shadows // LEAST_VALIDATION))
+
+
 def plan_shadows(config: Config, data: TaskData) -> list[Shadow]:
     """All shadows of a study; those from `curation.shadows` on are of the TinyLM alone.
 
@@ -66,7 +71,7 @@ def plan_shadows(config: Config, data: TaskData) -> list[Shadow]:
         UserError: a shadow needs more rows than there are, alone or, where the plan forbids overlap, with the others.
     """
     settings = config.curation
-    every = min(VALIDATION_EVERY, max(2, settings.shadows // LEAST_VALIDATION))
+    every = validation_every(settings.shadows)
     pools = _Pools(config, data)
     kinds = data.kinds() if settings.plan != "iid" else [(task, "") for task in config.data.tasks]
     mixtures = _mixtures(data.kinds()) if settings.plan == "mixtures" else []

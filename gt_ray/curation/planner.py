@@ -16,6 +16,7 @@ from rich.filesize import decimal
 
 from gt_ray.config import Config, ModelSettings
 from gt_ray.errors import UserError
+from gt_ray.pairs.families import known_config
 from gt_ray.pairs.models import EMBEDDED_PREFIX, resolve
 from gt_ray.pairs.root import initial_tensors
 from gt_ray.progress import say
@@ -102,9 +103,11 @@ def needs(settings: ModelSettings, config: PretrainedConfig | None = None) -> Mo
 
 
 def _config_of(model: str) -> PretrainedConfig:
-    """A model's config, without its weights."""
+    """A model's config, without its weights: of a known family by name, else of the model's folder."""
     from transformers import AutoConfig
 
+    if (known := known_config(model)) is not None:
+        return known
     try:
         return AutoConfig.from_pretrained(resolve(model) if model.startswith(EMBEDDED_PREFIX) else model)
     except (OSError, ValueError) as error:
@@ -158,17 +161,29 @@ def _gpu_bytes() -> int:
     return found
 
 
+def unit_bytes(update_shape: tuple[int, int], snapshots: int) -> int:
+    """A unit in the store: the last snapshot in float32, earlier ones as 8-bit differences."""
+    return round(math.prod(update_shape) * (4 + (snapshots - 1) * 1.03))
+
+
+def unit_counts(config: Config) -> dict[ModelSettings, int]:
+    """The models of all pairs, and how many units a curation makes of each."""
+    curation = config.curation
+    counts = {"tinylm": curation.shadows + curation.tinylm_shadows, "llm": curation.shadows}
+    found: dict[ModelSettings, int] = {}
+    for pair in config.pairs:
+        for side, n in counts.items():
+            found[getattr(pair, side)] = max(n, found.get(getattr(pair, side), 0))
+    return found
+
+
 def plan_rows(config: Config, gpu_bytes: int) -> list[dict[str, str]]:
     """A line for each model of all pairs: what curation needs with GPUs of a given size; for people."""
     rows = []
-    curation = config.curation
-    counts = {"tinylm": curation.shadows + curation.tinylm_shadows, "llm": curation.shadows}
-    models = dict.fromkeys((getattr(pair, side), n) for pair in config.pairs for side, n in counts.items())
-    for settings, units in models:
+    for settings, units in unit_counts(config).items():
         found = needs(settings)
         L, d = found.update_shape
-        snapshots = len(curation.snapshot_steps)
-        unit_bytes = L * d * (4 + (snapshots - 1) * 1.03)
+        snapshots = len(config.curation.snapshot_steps)
         share = found.gpu_share(gpu_bytes, settings)
         at_once = max(1, int(((1 - RESERVE) * share * gpu_bytes - found.weight_bytes) // found.step_bytes))
         rows.append(
@@ -181,7 +196,7 @@ def plan_rows(config: Config, gpu_bytes: int) -> list[dict[str, str]]:
                 "adapters in its memory": str(at_once),
                 "an update": f"{L} blocks of {d}",
                 "units in the store": f"{units} of {snapshots} snapshots",
-                "size in the store": decimal(round(units * unit_bytes)),
+                "size in the store": decimal(units * unit_bytes(found.update_shape, snapshots)),
             }
         )
     return rows

@@ -19,8 +19,15 @@ BESIDES = 2
 """Peak of a step on a CPU over that of its tensors: what operators take inside, and fragments (1.4 to 2.6 seen)."""
 
 
-class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of tensors that are made under it and still alive; checkpointing may nest its own hooks."""
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of tensors that are made under it and still alive; checkpointing may nest its own hooks.
+
+    Works on real and on fake tensors.
+
+    Attributes:
+        now: bytes alive.
+        peak: most of them at once.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -35,10 +42,11 @@ class _LiveTensors(TorchDispatchMode):
         for tensor in tree_leaves(result):
             # A view of what was there before, the weights for instance, is nothing new.
             if isinstance(tensor, Tensor) and (storage := _storage(tensor))._cdata not in given:
-                self._add(storage)
+                self.add(storage)
         return result
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
+    def add(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage, if it is not counted yet, for as long as it lives."""
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen:
             return
@@ -65,7 +73,7 @@ def training_bytes(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with _LiveTensors() as live:
+    with LiveTensors() as live:
         step()
     peak: int = live.peak
     return BESIDES * peak

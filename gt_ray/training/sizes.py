@@ -1,0 +1,168 @@
+"""Parameters of a Grad-Transformer by part, and what each GPU holds of them under each strategy; exact counts.
+
+P parameters on n GPUs; weights are float32, and bf16 comes by autocast:
+
+    strategy   weights   gradients   master   moments   average
+    ddp        4P        4P (+ 4P)   -        8P        4P
+    zero1      4P        4P          4P/n     8P/n      4P/n
+    zero2      4P        4P/n        4P/n     8P/n      4P/n
+    zero3      4P/n      4P/n        -        8P/n      4P/n
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from gt_ray.config import Config, GradTransformerSettings
+from gt_ray.curation.plan import validation_every
+from gt_ray.errors import UserError
+from gt_ray.grad_transformer.network import GradTransformer
+from gt_ray.grad_transformer.phi import make_phi, phi_of
+from gt_ray.pairs.families import known_config, layout_of
+
+Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+FLOAT32 = 4
+MOMENTS = 2
+BUCKET = 200_000_000
+"""Elements that DeepSpeed reduces or gathers at a time."""
+LIVE = 1_000_000_000
+"""Most weights that ZeRO-3 holds gathered at a time."""
+
+
+def build_shape(config: Config, layers: int | None = None) -> GradTransformer:
+    """The Grad-Transformer of a study's pair, with random weights on the device that is current.
+
+    Under a meta device or fake tensors it takes no memory. phi is of a known family, of a folder, or from scratch.
+
+    Args:
+        layers: of phi's encoder and decoder each, for trials; none: as many as it has.
+
+    Raises:
+        UserError: a model or phi is of no known family and no folder.
+    """
+    settings = config.grad_transformer
+    layout_S, layout_T = (layout_of(model.model, model.lora) for model in (config.pair.tinylm, config.pair.llm))
+    training, validation, inputs = shadow_counts(config)
+    more: dict[str, Any] = {} if settings.chunk is None else {"chunk": settings.chunk}
+    rank = min(settings.linear_rank, training - 1)
+    phi, shadows = _phi(settings, layers), (inputs, validation)
+    return GradTransformer(layout_S, layout_T, phi, {}, settings.input_clip, rank, shadows, **more)
+
+
+def _phi(settings: GradTransformerSettings, layers: int | None) -> Any:
+    phi = settings.phi
+    if phi is None:
+        return None
+    if phi.pretrained is None:
+        return make_phi(phi if layers is None else phi.model_copy(update={"layers": layers}))
+    if (config := known_config(phi.pretrained)) is None:
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(phi.pretrained)
+        except (OSError, ValueError) as error:
+            raise UserError(f"grad_transformer.phi.pretrained={phi.pretrained!r}: no config.json: {error}") from error
+    if layers is not None:
+        config.num_layers = config.num_decoder_layers = layers
+    return phi_of(config)
+
+
+def shadow_counts(config: Config) -> tuple[int, int, int]:
+    """Training shadows, validation shadows, and training shadows with those of the TinyLM alone."""
+    shadows = config.curation.shadows
+    validation = shadows // validation_every(shadows)
+    return shadows - validation, validation, shadows - validation + config.curation.tinylm_shadows
+
+
+def parts(model: GradTransformer) -> dict[str, int]:
+    """Parameters of every part that is trained."""
+    found = {}
+    named = {
+        "W_S, place of S": getattr(model, "embed_S", None),
+        "phi, encoder": model.phi.encoder if model.phi is not None else None,
+        "phi, decoder": model.phi.decoder if model.phi is not None else None,
+        "W_T, place of T": getattr(model, "embed_T", None),
+        "W_out": getattr(model, "out", None),
+        "linear path": model.linear,
+    }
+    for name, module in named.items():
+        if module is not None:
+            found[name] = _count(module)
+    if model.phi is not None:
+        found["start"] = model.start.numel()
+    return found
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that one GPU holds from step to step, by item, and those in the machine's memory by offloading."""
+
+    on_gpu: dict[str, int]
+    on_host: int
+
+
+def held(P: int, buffers: int, n: int, strategy: Strategy, bf16: bool, average: bool, offload: bool = False) -> Held:
+    """What training P parameters on n GPUs holds on each of them, gradients included.
+
+    Args:
+        buffers: bytes of buffers, which every GPU has.
+        average: whether there is a moving average of the weights (training on behaviour).
+    """
+    if strategy == "ddp":
+        copies = {"weights": 1, "gradients": 1, "gradient buckets": int(n > 1), "moments": MOMENTS}
+        items = {name: FLOAT32 * P * copy for name, copy in copies.items()}
+        return Held({**items, "moving average": FLOAT32 * P * average, "buffers": buffers}, 0)
+    width, part = 2 if bf16 else FLOAT32, math.ceil(P / n)
+    state = {
+        # zero3 updates its part of the weights itself, where that is on the GPU.
+        "master weights": FLOAT32 * part * (strategy != "zero3" or offload),
+        "moments": MOMENTS * FLOAT32 * part,
+        "moving average": FLOAT32 * part * average,
+    }
+    gathered = min(P, LIVE) if strategy == "zero3" else 0
+    items = {
+        "weights": FLOAT32 * (part if strategy == "zero3" else P),
+        "gradients": FLOAT32 * (P if strategy == "zero1" else part),
+        "buckets": width * (min(P, BUCKET) + gathered),
+        "buffers": buffers,
+    }
+    return Held(items, sum(state.values())) if offload else Held(items | state, 0)
+
+
+def shards(model: nn.Module, n: int, strategy: Strategy) -> Iterator[list[tuple[str, int, int]]]:
+    """How the optimizer's state is shared out among n GPUs: for each (parameter, first, end) of its elements.
+
+    zero3 cuts every parameter into n equal pieces, zero1 and zero2 all of them one behind the other; what is missing to
+    n times as many is filled up. ddp shares out nothing.
+    """
+    if strategy in ("ddp", "zero3"):
+        for rank in range(n):
+            cut = []
+            for name, parameter in model.named_parameters():
+                size = parameter.numel()
+                piece = size if strategy == "ddp" else math.ceil(size / n)
+                first = 0 if strategy == "ddp" else min(rank * piece, size)
+                if first < (end := min(first + piece, size)):
+                    cut.append((name, first, end))
+            yield cut
+        return
+    named = [(name, parameter.numel()) for name, parameter in model.named_parameters()]
+    piece = math.ceil(sum(size for _, size in named) / n)
+    for rank in range(n):
+        low, high, offset, found = rank * piece, (rank + 1) * piece, 0, []
+        for name, size in named:
+            first, end = max(0, low - offset), min(size, high - offset)
+            if first < end:
+                found.append((name, first, end))
+            offset += size
+        yield found
