@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from gt_ray.config import Config
 from gt_ray.curation.planner import plan_rows
@@ -17,7 +17,7 @@ from gt_ray.training.hours import Hours, Rates
 from gt_ray.training.machines import GIB, machines
 from gt_ray.training.planner import TrainingPlan, Way
 
-MARK = {True: "fits", False: "too large"}
+MARK = {True: "fits", False: "no"}
 
 
 def show_plan(config: Config, gpus: str, rates: Rates, as_json: bool) -> None:
@@ -106,7 +106,7 @@ def _memory(found: Mapping[str, Any], ways: list[Way]) -> Table:
     )
     heads = [way.strategy + (" off" if way.offload else "") for way in ways]
     title, caption = f"training: GiB a GPU, {passes}", "fits: with a tenth of the GPU to spare; off: state offloaded"
-    table = Table("", *heads, title=title, caption=caption)
+    table = Table(Column("", no_wrap=True), *heads, title=title, caption=caption)
     for item in dict.fromkeys(item for way in ways for item in way.items):
         table.add_row(item, *(_gib(way.items[item]) if way.items.get(item) else "-" for way in ways))
     table.add_section()

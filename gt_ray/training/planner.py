@@ -1,9 +1,9 @@
 """What training a Grad-Transformer takes on given GPUs, and the cheapest way that fits; from configs alone.
 
 Counts are exact (sizes.py), the step's own memory is that of a step on fake tensors (fake_step.py). Covered: training
-by Eq. 10, with the moving average that training on behaviour keeps. Not covered: the activations of free-running
-generation in training on behaviour, compiled layers, fragments of memory (a tenth of a GPU stays free for them and for
-libraries).
+by Eq. 10 of the study's own pair, with the moving average that training on behaviour keeps. Not covered: ends of
+further pairs, the activations of free-running generation in training on behaviour, compiled layers, fragments of memory
+(a tenth of a GPU stays free for them and for libraries).
 """
 
 from __future__ import annotations

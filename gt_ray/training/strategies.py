@@ -198,6 +198,9 @@ def construction(settings: TrainingSettings) -> AbstractContextManager[Any]:
     """Around the making of a model: with zero3 no worker ever has a whole one."""
     if settings.strategy != "zero3":
         return contextlib.nullcontext()
+    # Imported within, they would look at the Tensor.__new__ that Init replaces.
+    from transformers import T5Model  # noqa: F401
+
     zero: Any = require("deepspeed", "scale").zero
     return zero.Init(config_dict_or_path=zero_config(settings, 1))  # type: ignore[no-any-return]
 

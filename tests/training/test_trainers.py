@@ -168,7 +168,7 @@ def test_a_node_that_leaves_lets_training_go_on_with_fewer_workers(
     with ray_of():
         curate_stage(study)
     # One trainer and the data fit on the first node, another trainer on the second one, which ends with its Ray.
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
     second = cluster.add_node(num_cpus=2)
 
     def remove_second() -> None:
