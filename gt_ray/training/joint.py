@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gt_ray.config import GradTransformerSettings
 from gt_ray.curation.study import Study
 from gt_ray.progress import say
 from gt_ray.training.tuples import input_keys, shadow_keys
 from gt_ray.updates.store import unit_key
+
+
+HOW: dict[str, Any] = {
+    **dict.fromkeys(("tracking", "workers", "min_workers", "num_gpus", "num_cpus", "strategy"), True),
+    **dict.fromkeys(("accumulation", "activation_checkpointing", "compile", "offload"), True),
+    "behaviour": {"workers"},
+}
+"""Settings of a training that change where and how fast it runs, not what it is: it goes on when they change."""
 
 
 def trained_together(study: Study, settings: GradTransformerSettings) -> list[Study]:
@@ -22,7 +31,7 @@ def pair_key(study: Study, settings: GradTransformerSettings) -> str:
     """Hash of all that a training of the study's own pair depends on."""
     units = [row for validation in (False, True) for row in shadow_keys(study, validation)]
     units += input_keys(study)
-    trained = settings.model_dump(mode="json", exclude={"refinement": True, "training": {"tracking"}})
+    trained = settings.model_dump(mode="json", exclude={"refinement": True, "training": HOW})
     return unit_key({"settings": trained, "units": units, "seed": study.config.seed})
 
 
