@@ -38,6 +38,7 @@ from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.grad_transformer.phi import make_phi, phi_of
 from gt_ray.grad_transformer.several import SeveralPairs
 from gt_ray.pairs.families import known_config, layout_of
+from gt_ray.training.meter import matrix_peak
 from gt_ray.training.strategies import Strategy, start_strategy
 from gt_ray.training.tuples import Tuples
 from gt_ray.training.worker import adapt_layers, groups_of, tuple_passes
@@ -59,13 +60,6 @@ def seconds(work: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def matrix_peak(device: torch.device) -> float:
-    """Operations a second of a large bf16 matrix product."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    return 2 * n**3 / min(seconds(lambda: a @ a) for _ in range(8))
 
 
 def random_tuples(layout_S: Layout, layout_T: Layout, N: int, device: torch.device) -> Tuples:
@@ -222,7 +216,7 @@ def by_shape(pair: str, phi: str, variant: str, batches: list[int]) -> dict[str,
         with FlopCounterMode(display=False) as counter, torch.autocast(device.type, torch.bfloat16):
             model.loss(two.S_NLd, two.T_NLd).backward()
         model.zero_grad()
-    flops, peak = counter.get_total_flops() / 2, matrix_peak(device)
+    flops, peak = counter.get_total_flops() / 2, matrix_peak(device, "bf16")
     several = SeveralPairs([model])
     adapt_layers(several, settings)
     strategy = start_strategy(several, groups_of(several, "tuples"), settings, device, False)

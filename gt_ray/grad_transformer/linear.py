@@ -34,7 +34,8 @@ class LinearPath(nn.Module):
 
     def forward(self, z_S_NP: Tensor) -> Tensor:
         """The linear prediction [N, Q]."""
-        y_NQ: Tensor = z_S_NP @ self.down @ self.up + self.bias
+        with torch.autocast(z_S_NP.device.type, enabled=False):  # ridge regression is more exact than bf16
+            y_NQ: Tensor = z_S_NP.float() @ self.down @ self.up + self.bias
         return y_NQ
 
     @torch.no_grad()

@@ -107,7 +107,7 @@ class LlmActors:
         served = [one.config.pair if training.behaviour.teacher else one.config.pair.llm for one in studies]
         kinds = dict(zip(served, studies, strict=True))
         num_gpus = {kind: gpus_of_an_actor(model_settings(one.config, "llm"), resources) for kind, one in kinds.items()}
-        wanted = workers * sum(num_gpus.values()) + training.workers * training.num_gpus
+        wanted = workers * sum(num_gpus.values()) + (training.min_workers or training.workers) * training.num_gpus
         if wanted > resources.get("GPU", 0):
             each = " and ".join(f"{number:g}" for number in num_gpus.values())
             raise UserError(

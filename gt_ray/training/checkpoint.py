@@ -130,6 +130,16 @@ def export(checkpoint: Path, starts: Sequence[Path], pair: int, out: Path) -> No
     model.pairs[pair].save(out)
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a phase has ended with this model; a damaged one is made again."""
+    try:
+        json.loads((folder / STATE).read_text(encoding="utf-8"))
+        GradTransformer.load(folder)
+    except (OSError, ValueError):  # UserError is a ValueError
+        return False
+    return True
+
+
 def _set_buffers(pair: GradTransformer, checkpoint: Path, number: int) -> None:
     for name, tensor in load_file(checkpoint / f"rest-{number}.safetensors").items():
         pair.get_buffer(name).copy_(tensor)

@@ -138,7 +138,7 @@ class Hours:
         """Of one adapter: block after block, each bound by calls, or by reading the decoder's weights in bf16."""
         shape = self.plan.shape
         read = 2 * sum(shape.parts.get(name, 0) for name in ("phi, decoder", "W_T, place of T", "W_out"))
-        return shape.blocks[1] * max(shape.layers[1] * CALL_S, read / self.plan.machines.gpu.bytes_per_s)
+        return shape.tokens[1] * max(shape.layers[1] * CALL_S, read / self.plan.machines.gpu.bytes_per_s)
 
     def _clients(self) -> Stage:
         pair, tasks = self.config.pair, len(self.config.data.tasks)

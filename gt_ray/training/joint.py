@@ -13,7 +13,6 @@ from gt_ray.progress import say
 from gt_ray.training.tuples import input_keys, shadow_keys
 from gt_ray.updates.store import unit_key
 
-
 HOW: dict[str, Any] = {
     **dict.fromkeys(("tracking", "workers", "min_workers", "num_gpus", "num_cpus", "strategy"), True),
     **dict.fromkeys(("accumulation", "activation_checkpointing", "compile", "offload"), True),

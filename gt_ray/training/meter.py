@@ -54,9 +54,14 @@ def matrix_peak(device: torch.device, precision: str) -> float:
 
 
 class Meter:
-    """Times one worker's steps; what is measured between two readings."""
+    """Times one worker's steps; what is measured between two readings.
 
-    def __init__(self, device: torch.device, precision: str) -> None:
+    Args:
+        workers: that do as much.
+    """
+
+    def __init__(self, device: torch.device, precision: str, workers: int = 1) -> None:
+        self._workers = workers
         self._device, self._peak = device, matrix_peak(device, precision)
         self._of_a_tuple = cache(operations)
         self._start()
@@ -82,12 +87,12 @@ class Meter:
             self._operations += tuples * self._of_a_tuple(model)
 
     def read(self) -> dict[str, float]:
-        """Measures of this worker since the last reading; the next one begins when `resume` is called."""
+        """Measures since the last reading: tokens of all workers, shares of this one; the next begins with `resume`."""
         _wait(self._device)
         wall_s = time.perf_counter() - self._started
         return {
             "train_s": wall_s,
-            "tokens_per_s": self._tokens / wall_s,
+            "tokens_per_s": self._workers * self._tokens / wall_s,
             "peak_share": self._operations / wall_s / self._peak,
             "data_wait_share": self._waited_s / wall_s,
         }

@@ -9,6 +9,7 @@ home/
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.progress import bar, say
 from gt_ray.training.behaviour import LlmActors
-from gt_ray.training.checkpoint import HISTORY, STATE, export
+from gt_ray.training.checkpoint import HISTORY, STATE, export, is_finished
 from gt_ray.training.joint import joint_key
 from gt_ray.training.tuples import streams
 from gt_ray.training.worker import Phase, Task, train_worker
@@ -87,7 +88,12 @@ def run_phases(
         domains=[shadow.domain for shadow in study.shadows],
         llms=[],
         progress=str((home / "step").resolve()),
-        tracker=(training.tracking, events.resolve(), study.config.run_folder.name, training.model_dump(mode="json")),
+        tracker=(
+            training.tracking,
+            events.resolve(),
+            f"{study.config.run_folder.name} {events.name} {joint_key(studies, settings)[:12]}",
+            training.model_dump(mode="json"),
+        ),
     )
     models = list(starts)
     metrics: dict[str, float] = {}
@@ -99,7 +105,7 @@ def run_phases(
             )
             name = f"{joint_key(studies, settings)[:12]}-{phase}"
             finished = [home / f"{name}-{i}" for i in range(P)]
-            if not all((one / STATE).is_file() for one in finished):
+            if not all(is_finished(one) for one in finished):
                 _run(studies, keys, task, home, name, finished, best=phase == list(steps)[-1])
             metrics, history = (json.loads((finished[0] / file).read_text("utf-8")) for file in (STATE, HISTORY))
             models, task = finished, replace(task, first=task.first + task.steps, phi=None)
@@ -138,7 +144,7 @@ def _run(
         run_config=RunConfig(
             name=f"train-{name}",
             storage_path=str(home.resolve()),
-            failure_config=FailureConfig(max_failures=3),
+            failure_config=FailureConfig(max_failures=-1 if training.min_workers else 3),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2,
                 checkpoint_score_attribute=best_by if best else "step",
@@ -159,6 +165,7 @@ def _run(
         starts = [Path(start) for start in task.starts]
         for i, out in enumerate(outs):
             replace_folder(out, partial(_finish, Path(folder), starts, i, metrics))
+    shutil.rmtree(home / f"train-{name}", ignore_errors=True)  # checkpoints of a large training are terabytes
 
 
 def _finish(checkpoint: Path, starts: Sequence[Path], pair: int, metrics: Mapping[str, Any], out: Path) -> None:

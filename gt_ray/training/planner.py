@@ -36,14 +36,14 @@ class Shape:
     Attributes:
         parts: parameters of each part.
         buffers: bytes.
-        blocks: L of S and of T.
+        tokens: of phi, of S and of T.
         widths: d of S and of T.
         layers: of phi's encoder and decoder.
     """
 
     parts: dict[str, int]
     buffers: int
-    blocks: tuple[int, int]
+    tokens: tuple[int, int]
     widths: tuple[int, int]
     layers: tuple[int, int]
 
@@ -61,7 +61,7 @@ def shape_of_network(config: Config) -> Shape:
     return Shape(
         parts(model),
         sum(buffer.nbytes for buffer in model.buffers()),
-        (layouts[0].L, layouts[1].L),
+        (model.embed_S.tokens, model.embed_T.tokens) if phi is not None else (0, 0),
         (layouts[0].d, layouts[1].d),
         (phi.config.num_layers, phi.config.num_decoder_layers) if phi is not None else (0, 0),
     )

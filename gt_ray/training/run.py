@@ -126,6 +126,8 @@ def _check(study: Study, settings: GradTransformerSettings, studies: Sequence[St
         )
     if training.strategy != "ddp":
         require("deepspeed", "scale")
+    if training.tracking != "tensorboard":
+        require(training.tracking, "track")
     teacher = training.behaviour.teacher if training.behaviour.steps else 0
     taught = [("training.behaviour.teacher", teacher, one.config.pair) for one in studies]
     for key, value, pair in [*taught, ("refinement.steps", settings.refinement.steps, study.config.pair)]:

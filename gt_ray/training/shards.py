@@ -114,7 +114,7 @@ class ShardFiles:
 def save_shards(path: Path, shards: Sequence[Shard]) -> None:
     """Write a worker's shards as one file."""
     tensors = {
-        f"{kind}/{shard.name}@{shard.start}": value.detach().clone()
+        f"{kind}/{shard.name}@{shard.start}": value.detach().to("cpu", copy=True)
         for shard in shards
         for kind, value in shard.values().items()
     }
@@ -132,8 +132,8 @@ def restore_shards(shards: Sequence[Shard], files: ShardFiles) -> None:
             if kept is None:
                 raise ValueError(f"the checkpoint has no {kind} of {shard.name}")
             value.copy_(kept)
-        steps = files.steps(shard.name)
         step = shard.state[STEP]
+        steps = max(float(step), files.steps(shard.name))  # shards share a state, and some parameters may have rested
         shard.state[STEP] = torch.full_like(step, steps) if isinstance(step, Tensor) else int(steps)
 
 

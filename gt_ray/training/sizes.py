@@ -49,10 +49,9 @@ def build_shape(config: Config, layers: int | None = None) -> GradTransformer:
     settings = config.grad_transformer
     layout_S, layout_T = (layout_of(model.model, model.lora) for model in (config.pair.tinylm, config.pair.llm))
     training, validation, inputs = shadow_counts(config)
-    more: dict[str, Any] = {} if settings.chunk is None else {"chunk": settings.chunk}
     rank = min(settings.linear_rank, training - 1)
     phi, shadows = _phi(settings, layers), (inputs, validation)
-    return GradTransformer(layout_S, layout_T, phi, {}, settings.input_clip, rank, shadows, **more)
+    return GradTransformer(layout_S, layout_T, phi, {}, settings.input_clip, rank, shadows, settings.chunk)
 
 
 def _phi(settings: GradTransformerSettings, layers: int | None) -> Any:
@@ -133,7 +132,9 @@ def held(P: int, buffers: int, n: int, strategy: Strategy, bf16: bool, average: 
     items = {
         "weights": FLOAT32 * (part if strategy == "zero3" else P),
         "gradients": FLOAT32 * (P if strategy == "zero1" else part),
-        "buckets": width * (min(P, BUCKET) + gathered),
+        # Gradients go through two float32 buckets, or through one of each type.
+        "buckets": min(P, BUCKET) * (2 * FLOAT32 if strategy != "zero3" else FLOAT32 + width % FLOAT32)
+        + width * gathered,
         "buffers": buffers,
     }
     return Held(items, sum(state.values())) if offload else Held(items | state, 0)

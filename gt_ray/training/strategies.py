@@ -1,7 +1,8 @@
 """What the workers of a training share out: nothing (DistributedDataParallel), or by DeepSpeed's ZeRO the optimizer's
 state (zero1), gradients too (zero2), weights too (zero3).
 
-All do the same arithmetic: AdamW in float32, gradients averaged over workers and clipped by their norm over all.
+All do the same arithmetic: AdamW in float32, gradients averaged over workers and clipped by their norm over all. With
+precision=bf16 DeepSpeed averages the gradients of Linear modules in bf16, ddp in float32.
 """
 
 from __future__ import annotations

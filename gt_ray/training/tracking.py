@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ def tracked(kind: str, folder: Path, name: str, settings: Mapping[str, Any]) -> 
     Args:
         kind: tensorboard; mlflow, by its environment (MLFLOW_TRACKING_URI), else into `folder`; wandb, by its
             environment (WANDB_MODE, WANDB_PROJECT), with files in `folder`.
-        name: of the run.
+        name: of the run; one of the same name goes on.
         settings: what the run is recorded with.
 
     Raises:
@@ -33,12 +34,16 @@ def tracked(kind: str, folder: Path, name: str, settings: Mapping[str, Any]) -> 
         if not mlflow.environment_variables.MLFLOW_TRACKING_URI.get():
             mlflow.set_tracking_uri(f"sqlite:///{folder.resolve()}/mlflow.db")
         mlflow.set_experiment("gt-ray")
-        with mlflow.start_run(run_name=name):
-            mlflow.log_params(dict(settings))
+        known = mlflow.search_runs(filter_string=f"tags.`mlflow.runName` = '{name}'", output_format="list")
+        with mlflow.start_run(run_id=known[0].info.run_id if known else None, run_name=name):
+            if not known:
+                mlflow.log_params(dict(settings))
             yield lambda metrics, step: mlflow.log_metrics(_finite(metrics), step=step)
     elif kind == "wandb":
         wandb: Any = require("wandb", "track")
-        with wandb.init(project="gt-ray", name=name, dir=str(folder), config=dict(settings)) as run:
+        known_as = hashlib.sha256(name.encode()).hexdigest()[:16]
+        kept = {"dir": str(folder), "config": dict(settings), "id": known_as, "resume": "allow"}
+        with wandb.init(project="gt-ray", name=name, **kept) as run:
             yield lambda metrics, step: run.log(dict(metrics), step=step)
     else:
         from torch.utils.tensorboard import SummaryWriter

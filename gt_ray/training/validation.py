@@ -27,10 +27,11 @@ class Validation:
     Args:
         tuples: the last ones of the validation shadows.
         llm: none where training is not on behaviour.
+        asks: whether it is this trainer that asks the LLM, once for all trainers; the others only generate.
     """
 
-    def __init__(self, tuples: Tuples, llm: LlmActors | None) -> None:
-        self.tuples, self.llm = tuples, llm
+    def __init__(self, tuples: Tuples, llm: LlmActors | None, asks: bool = True) -> None:
+        self.tuples, self.llm, self.asks = tuples, llm, asks
         self.weights_MN = torch.cat([torch.eye(len(tuples.task_N)), halves(tuples.task_N)])
         self.draws: list[Draw] = []
         for weights_N in self.weights_MN:
@@ -66,9 +67,10 @@ class Validation:
         found |= {f"block_error/{j}": float(error_L[j] / of_mean_L[j].clamp(min=1e-12)) for j in range(len(error_L))}
         if self.llm is not None:
             update_MLd = model.standard_T.inverse(own(tuples.mixed(self.weights_MN)[0]))
-            loss_M, _ = self.llm(update_MLd, self.draws)
-            found["validation_behaviour"] = float(loss_M.mean())
-            if model.certainty is not None:
+            if self.asks:
+                loss_M, _ = self.llm(update_MLd, self.draws)
+                found["validation_behaviour"] = float(loss_M.mean())
+            if self.asks and model.certainty is not None:
                 tuned_N, gain_N = self._fine_tuned
                 error_N = torch.where(gain_N > LEAST_GAIN, (loss_M[: len(gain_N)] - tuned_N) / gain_N, torch.nan)
                 model.certainty.set_errors(error_N, of_behaviour=True)

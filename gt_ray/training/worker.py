@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,7 +85,7 @@ def train_worker(config: dict[str, Any]) -> None:
             progress, history = restore(Path(folder), strategy)
             done = progress["step"]
     of_pairs = task.llms or itertools.repeat(None, P)
-    validations = [Validation(_validation_tuples(i, device), llm) for i, llm in enumerate(of_pairs)]
+    validations = [Validation(_validation_tuples(i, device), llm, rank == 0) for i, llm in enumerate(of_pairs)]
     inputs = [Inputs.of(list(_batches(f"inputs-{i}", 64, device)), task.domains) for i in range(len(task.llms))]
     # Ray Data may have more batches than there are steps, by rounding; behaviour needs none.
     batches: Iterator[dict[str, Tensor]] = itertools.repeat({})
@@ -95,7 +95,7 @@ def train_worker(config: dict[str, Any]) -> None:
         batches = itertools.islice(itertools.chain.from_iterable(zip(*shares, strict=False)), done, None)
     losses: list[float] = []
     started = time.perf_counter()
-    meter = Meter(device, settings.precision)
+    meter = Meter(device, settings.precision, world)
     with tracked(*task.tracker) if rank == 0 else nullcontext() as log:
         for step, batch in zip(range(done, task.steps), meter.waiting(batches), strict=False):
             i = step % P
@@ -136,6 +136,9 @@ def train_worker(config: dict[str, Any]) -> None:
                     log(metrics, task.first + step + 1)
                 _report(strategy, rank, {"step": step + 1}, history)
                 meter.resume()
+                done = step + 1
+    if done < task.steps:
+        raise RuntimeError(f"the data ended before optimizer step {task.steps}, after {done} that were kept")
 
 
 def begin(task: Task, rank: int, device: torch.device) -> Strategy:
@@ -174,10 +177,16 @@ def rates(task: Task, step: int) -> list[float]:
     if task.phase == "tuples":
         peaks = [settings.learning_rate]
     else:
-        config = read_config(Path(task.starts[0]))
-        peaks = [behaviour.learning_rate] * bool(config["phi"])
-        peaks += [behaviour.linear_learning_rate] * bool(config["linear_rank"])
+        network, linear = _has(task.starts[0])
+        peaks = [behaviour.learning_rate] * network + [behaviour.linear_learning_rate] * linear
     return [peak * schedule(step // P, task.steps // P, settings.warmup_share) for peak in peaks]
+
+
+@cache
+def _has(start: str) -> tuple[bool, bool]:
+    """Whether a model has a network, and a linear path."""
+    config = read_config(Path(start))
+    return bool(config["phi"]), bool(config["linear_rank"])
 
 
 def schedule(step: int, steps: int, warmup_share: float) -> float:
@@ -231,7 +240,9 @@ def averaged(strategy: Strategy) -> Iterator[None]:
     swap()
     strategy.model.eval()
     try:
-        yield
+        # Compiled layers would be compiled anew for each length of the cache that generation has.
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         strategy.model.train()
         swap()

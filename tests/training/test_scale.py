@@ -13,7 +13,6 @@ import torch
 
 from gt_ray.config import load_config, preset_names
 from gt_ray.grad_transformer.network import GradTransformer
-from gt_ray.grad_transformer.phi import phi_of
 from gt_ray.training.fake_step import fake_step
 from gt_ray.training.machines import GIB
 from gt_ray.training.sizes import build_shape, held, parts, shards
@@ -57,15 +56,7 @@ def test_shards_and_checkpoint_at_full_width(preset: str, layers: int | None) ->
         model = build_shape(config, layers)
         assert model.phi is not None and model.linear is not None
         # What `GradTransformer.load` makes of an exported config.
-        loaded = GradTransformer(
-            model.layout_S,
-            model.layout_T,
-            phi_of(type(model.phi.config)(**model.phi.config.to_diff_dict())),
-            {},
-            model.input_clip,
-            model.linear.rank,
-            (len(model.certainty.known_KP), len(model.certainty.error_V)) if model.certainty else (0, 0),
-        )
+        loaded = GradTransformer.shaped(model.to_json())
     pieces = list(shards(model, training.workers, training.strategy))
     covered: dict[str, int] = {}
     for piece in pieces:

@@ -24,7 +24,7 @@ def test_parts_are_those_of_the_real_network_and_nothing_else() -> None:
     shape = shape_of_network(EMBEDDED)
     assert shape.parts == found and shape.layers == (2, 2)
     assert shape.buffers == sum(buffer.nbytes for buffer in model.buffers())
-    assert shape.blocks == (model.layout_S.L, model.layout_T.L) and shape.widths == (model.layout_S.d, model.layout_T.d)
+    assert shape.tokens == (model.layout_S.L, model.layout_T.L) and shape.widths == (model.layout_S.d, model.layout_T.d)
 
 
 @pytest.mark.parametrize(

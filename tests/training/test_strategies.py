@@ -13,8 +13,10 @@ import torch
 from gt_ray.config import TrainingSettings
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.grad_transformer.phi import make_phi
+from gt_ray.grad_transformer.several import SeveralPairs
 from gt_ray.training.checkpoint import export, restore, save
 from gt_ray.training.shards import average
+from gt_ray.training.sizes import shards
 from gt_ray.training.strategies import Strategy
 from gt_ray.training.tuples import Tuples
 from gt_ray.training.worker import Task, averaged, begin, groups_of, rates, tuple_passes
@@ -73,6 +75,7 @@ def _trainer(rank: int, world: int, folder: Path, runs: list[dict[str, Any]]) ->
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder / f'rendezvous-{world}'}", rank=rank, world_size=world)
+    start = GradTransformer.load(folder / "start")
     for run in runs:
         out = folder / run["name"]
         out.mkdir(exist_ok=True)
@@ -82,6 +85,11 @@ def _trainer(rank: int, world: int, folder: Path, runs: list[dict[str, Any]]) ->
         first = 0
         if "from" in run:
             first = restore(folder / run["from"], strategy)[0]["step"]
+        if task.settings.strategy == "zero3":  # the planner's shards are the trainers'
+            own = {(shard.name, shard.start, shard.start + shard.weight.numel()) for shard in strategy.shards}
+            trained = [parameter.requires_grad for parameter in strategy.model.parameters()]
+            planned = list(shards(SeveralPairs([start]), world, "zero3"))[rank]
+            assert own <= set(planned) and (not all(trained) or own == set(planned))
         losses = steps(strategy, task, first, run["last"], rank, world)
         with torch.no_grad(), averaged(strategy):
             probe = strategy(0, torch.ones(1, LAYOUT_S.L, LAYOUT_S.d))
@@ -118,6 +126,11 @@ def test_all_strategies_have_the_same_losses_and_go_on_from_one_anothers_checkpo
         for phase in ("tuples", "behaviour"):
             settings = {"phase": phase, "strategy": strategy, "accumulation": 2 if phase == "tuples" else 1}
             runs.append({"name": f"{strategy}-{phase}", "settings": settings, "last": STEPS})
+    for strategy, more in (("ddp", {}), ("zero2", {}), ("zero3", {}), ("zero2", {"offload": True})):
+        name = f"{strategy}-bf16{'-offload' if more else ''}"
+        runs.append(
+            {"name": name, "settings": {**plain, "strategy": strategy, "precision": "bf16", **more}, "last": STEPS}
+        )
     runs.append({"name": "zero3-half", "settings": {**plain, "strategy": "zero3"}, "last": STEPS // 2})
     runs.append({"name": "zero2-rest", "settings": {**plain, "strategy": "zero2"}, "last": STEPS, "from": "zero3-half"})
     found = spawn(2, tmp_path, runs)
@@ -128,6 +141,8 @@ def test_all_strategies_have_the_same_losses_and_go_on_from_one_anothers_checkpo
             others, other_probe = found[f"{strategy}-{phase}"]
             assert torch.allclose(losses, others, rtol=1e-5, atol=0), (strategy, phase)
             assert torch.allclose(probe, other_probe, atol=1e-5), (strategy, phase)
+    for name in ("zero2-bf16", "zero3-bf16", "zero2-bf16-offload"):
+        assert torch.allclose(found["ddp-bf16"][0], found[name][0], rtol=2e-2, atol=0), name
     rest = [{"name": "ddp-rest", "settings": {**plain, "strategy": "ddp"}, "last": STEPS, "from": "zero3-half"}]
     found |= spawn(1, tmp_path, rest)
     losses = found["ddp-tuples"][0]

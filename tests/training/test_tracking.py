@@ -33,8 +33,10 @@ def test_mlflow_has_measures_and_settings(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with tracked("mlflow", tmp_path, "run", SETTINGS) as log:
         log({"loss": 2.0, "validation_behaviour": math.nan}, 10)
+    with tracked("mlflow", tmp_path, "run", SETTINGS) as log:  # the next phase, or a restart
+        log({"loss": 1.0}, 20)
     [run] = mlflow.search_runs(experiment_names=["gt-ray"], output_format="list")
-    assert run.data.metrics == {"loss": 2.0} and run.data.params["batch_size"] == "4"
+    assert run.data.metrics == {"loss": 1.0} and run.data.params["batch_size"] == "4"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs gt-ray[track]")
