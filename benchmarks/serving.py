@@ -34,6 +34,7 @@ from gt_ray.config import PhiSettings, load_config
 from gt_ray.curation.study import load_roots, root_file
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.grad_transformer.phi import make_phi
+from gt_ray.serving.endpoint import pause_s
 from gt_ray.updates.update_files import UpdateInfo, parse_update, update_bytes
 
 INFO = UpdateInfo({"steps": 30}, 256)
@@ -100,12 +101,12 @@ class Bench:
         """Seconds of a request of client i, which is sent again where the service is busy, and whether its answer is
         right; none: there was none."""
         start = time.perf_counter()
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             async with session.post(self.url + GENERATE, data=self.bodies[i], headers=HEADERS) as answer:
                 content = await answer.read()
                 if answer.status != 503:
                     break
-            await asyncio.sleep(int(answer.headers.get("Retry-After", "1")))
+            await asyncio.sleep(pause_s(answer.headers.get("Retry-After", ""), attempt))  # as the client package does
         if answer.status != 200:
             return time.perf_counter() - start, None
         wall_s = time.perf_counter() - start

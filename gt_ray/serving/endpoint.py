@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import re
 import time
 import zipfile
@@ -131,13 +132,22 @@ class Endpoint:
                 raise UserError(f"{self.url} does not answer: {error}; is the service running there?") from error
             if answer.status_code not in RETRIED or attempt == ATTEMPTS - 1:
                 break
-            told = answer.headers.get("Retry-After", "")
-            time.sleep(min(30, int(told) if told.isdigit() else 2**attempt))
+            time.sleep(pause_s(answer.headers.get("Retry-After", ""), attempt))
         if answer.status_code in none_on:
             return None
         if not answer.is_success:
             raise UserError(f"{self.url} refuses ({answer.status_code}): {_detail(answer)}")
         return answer
+
+
+def pause_s(told: str, attempt: int) -> float:
+    """Seconds until a busy service is asked again: no less than it says, longer each time, and not all clients at once.
+
+    Args:
+        told: its Retry-After.
+    """
+    asked = int(told) if told.isdigit() else 1
+    return min(30.0, max(asked, 2.0**attempt)) * random.uniform(1, 1.5)
 
 
 def unpack(content: bytes, folder: Path, base_model: str | None = None) -> Adapter:

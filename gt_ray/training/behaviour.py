@@ -87,10 +87,14 @@ class LlmActor:
 
 
 class LlmActors:
-    """The actors as one function. Travels to the trainers, who share them."""
+    """The actors as one function. Travels to the trainers, who share them.
 
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self.actors = actors
+    Args:
+        shared: what the actors are made from; it has to live as long as one may be made again on another node.
+    """
+
+    def __init__(self, actors: Sequence[Any], shared: Any = None) -> None:
+        self.actors, self._shared = actors, shared
 
     @classmethod
     def start(cls, studies: Sequence[Study], workers: int) -> list[LlmActors]:
@@ -119,7 +123,7 @@ class LlmActors:
         for kind, study in kinds.items():
             actor = ray.remote(num_cpus=0, num_gpus=num_gpus[kind], max_restarts=3, max_task_retries=3)(LlmActor)
             shared = {"study": ray.put(study)}
-            started[kind] = cls([actor.remote(shared) for _ in range(workers)])
+            started[kind] = cls([actor.remote(shared) for _ in range(workers)], shared)
         return [started[kind] for kind in served]
 
     def __call__(
