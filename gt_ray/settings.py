@@ -1,0 +1,359 @@
+"""The sections of the study config (config.py): every setting with its default, its bounds and what it means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PopulationName = Literal["seen", "unseen_mixture", "unseen_composition", "small_data", "large_data"]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are errors, values cannot change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoraSettings(Section):
+    """What every fine-tune of a model trains (appendix C.1: LoRA of rank 2 on query and key)."""
+
+    kind: Literal["lora", "xs", "full"] = Field(
+        "lora",
+        description="lora: A and B; xs: an r x r matrix between A and B of the base weights' SVD (LoRA-XS); full: the "
+        "weights themselves, of small models",
+    )
+    rank: int = Field(2, ge=1, description="not of kind=full")
+    alpha: float = Field(4.0, gt=0, description="not of kind=full")
+    target_modules: tuple[str, ...] = Field(
+        ("q_proj", "k_proj"),
+        min_length=1,
+        description="last parts of the names of Linear modules, or of the token embedding",
+    )
+
+
+class StopSettings(Section):
+    """When a fine-tune ends: after `fine_tune.steps`, or "until convergence" (section 4.1)."""
+
+    when: Literal["steps", "plateau"] = Field(
+        "steps",
+        description="steps: linear decay over all steps; plateau: constant rate until a held-out public loss stands "
+        "still, then a linear decay; fine_tune.steps is the cap. Not with a private mechanism: it would look at data",
+    )
+    every: int = Field(100, ge=1, description="optimizer steps between two looks at the held-out loss")
+    patience: int = Field(3, ge=1, description="looks without improvement that make a plateau")
+    min_improvement: float = Field(0.01, ge=0, lt=1, description="share of the loss that counts as improvement")
+    decay_steps: int = Field(200, ge=1, description="steps of the decay; the snapshots lie within them")
+    held_out: int = Field(64, ge=1, description="public rows that the loss is computed on")
+
+
+class FineTuneSettings(Section):
+    """How a model is fine-tuned on one data set; the defaults are Table 5."""
+
+    steps: int = Field(20000, ge=1, description="optimizer steps; the cap where stop.when=plateau")
+    stop: StopSettings = StopSettings()
+    learning_rate: float = Field(1e-5, gt=0, description="peak of the linear schedule")
+    batch_size: int = Field(16, ge=1, description="samples per optimizer step (the paper: 1 x 16 accumulated)")
+    clip_norm: float = Field(0.1, gt=0, description="gradient clipping norm")
+    weight_decay: float = Field(0.01, ge=0)
+    max_length: int = Field(4096, ge=8, description="tokens; longer samples are errors")
+    mechanism: Literal["sft"] = "sft"
+
+    @property
+    def last_steps(self) -> int:
+        """Optimizer steps, counted from the end, of which snapshots can be kept."""
+        return self.stop.decay_steps if self.stop.when == "plateau" else self.steps
+
+    @model_validator(mode="after")
+    def _check(self) -> FineTuneSettings:
+        if self.stop.when == "plateau" and self.stop.every + self.stop.decay_steps > self.steps:
+            raise ValueError(
+                f"steps={self.steps} is fewer than one look at the held-out loss and the decay after it "
+                f"(stop.every={self.stop.every} + stop.decay_steps={self.stop.decay_steps})"
+            )
+        return self
+
+
+class ModelSettings(Section):
+    """One model of the pair."""
+
+    model: str = Field(description="Hub id, folder, or `embedded:tinylm`, `embedded:llm`")
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    lora: LoraSettings = LoraSettings()
+    root_seed: int = Field(0, description="seed that draws A0")
+    fine_tune: FineTuneSettings = FineTuneSettings()
+    gradient_checkpointing: bool = Field(False, description="less memory for a fine-tune, a third more computing")
+    num_gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="GPUs of one curation worker; auto: by the model's size, none where the cluster has none"
+    )
+
+
+class PairSettings(Section):
+    """The TinyLM (S) that clients fine-tune and the LLM (T) that they want."""
+
+    tinylm: ModelSettings
+    llm: ModelSettings
+
+
+class DataSettings(Section):
+    """Where the rows come from and how they are split."""
+
+    source: Literal["embedded", "files", "hub"] = "hub"
+    folder: Path | None = Field(None, description="source=files: holds <task>/*.jsonl in Hub columns")
+    tasks: tuple[str, ...] = Field(("aqua_rat", "gsm8k", "commonsense_qa", "drop", "samsum", "dialogsum"), min_length=1)
+    private_share: float = Field(0.5, gt=0, lt=1, description="share of the training rows that is private (section 6)")
+    validation_share: float = Field(0.1, gt=0, lt=1, description="share of the public rows that validates")
+    embedded_rows: int = Field(4096, ge=64, description="source=embedded: public training rows of a task")
+    unseen_domains: int = Field(
+        0, ge=0, le=1, description="source=embedded: domains of a task that no public row has, of each task another"
+    )
+    client_test_share: float = Field(0.1, gt=0, lt=1, description="share of a client's rows that tests (Table 2)")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSettings:
+        if self.source == "files" and self.folder is None:
+            raise ValueError("data.source=files needs data.folder=<folder with one folder a task>")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"data.tasks={list(self.tasks)} names a task twice")
+        return self
+
+
+class CurationSettings(Section):
+    """Shadows: how many, how large, how drawn (section 4.1)."""
+
+    shadows: int = Field(300, ge=2)
+    samples: int = Field(1024, ge=1, description="rows of a shadow")
+    snapshots: int = Field(8, ge=1, description="updates kept of every run, the last among them")
+    snapshot_spacing: int = Field(25, ge=1, description="optimizer steps between two snapshots")
+    recipe: Literal["spaced", "paper"] = Field(
+        "spaced", description="paper: keep the last 200 steps instead (section 6)"
+    )
+    plan: Literal["domains", "mixtures", "iid"] = Field(
+        "domains",
+        description="domains: task and domain first, then rows; mixtures: the same, and every other shadow mixes two "
+        "domains; iid: rows of a task at random (the paper's)",
+    )
+    tinylm_shadows: int = Field(
+        0, ge=0, description="further shadows of the TinyLM alone, for training on behaviour, which needs no LLM update"
+    )
+    overlap: bool = Field(True, description="may two shadows share rows")
+    seed: int = 0
+    adapters_at_once: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="shadows that one worker trains together; auto: by memory and speed"
+    )
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="most fine-tuning actors of a model; auto: by resources"
+    )
+
+    @property
+    def snapshot_steps(self) -> tuple[int, ...]:
+        """Optimizer steps from the end, largest first; the last is 0 (decision 4)."""
+        if self.recipe == "paper":
+            return tuple(reversed(range(200)))
+        return tuple(j * self.snapshot_spacing for j in reversed(range(self.snapshots)))
+
+
+class PhiSettings(Section):
+    """The encoder-decoder: a T5 by Hub id or folder, or one from scratch by size."""
+
+    pretrained: str | None = Field(None, description="Hub id or folder, e.g. google/flan-t5-large")
+    d_model: int = Field(128, ge=8)
+    layers: int = Field(2, ge=1, description="encoder layers, and as many decoder layers")
+    heads: int = Field(4, ge=1)
+    d_ff: int = Field(256, ge=8)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class BehaviourSettings(Section):
+    """Training on what generated adapters do: the task loss of the frozen LLM on the shadows' rows (decision 9)."""
+
+    steps: int = Field(0, ge=0, description="optimizer steps after the epochs; 0: none, as in the paper")
+    adapters: int = Field(8, ge=1, description="updates generated for one step, over all training workers")
+    rows: int = Field(8, ge=1, description="rows that each of them is tried on")
+    mix: float = Field(0.5, ge=0, le=1, description="share of the inputs that are mixtures of two")
+    learning_rate: float = Field(1e-4, gt=0, description="of the network")
+    linear_learning_rate: float = Field(3e-4, gt=0, description="of the linear path")
+    teacher: float = Field(
+        0.0, ge=0, le=1, description="share of the loss that is the divergence from proxy-tuning; needs one vocabulary"
+    )
+    average: float = Field(
+        0.995,
+        ge=0,
+        lt=1,
+        description="decay of the moving average of the weights over these steps, which is what is kept; 0: the last",
+    )
+    workers: int = Field(1, ge=1, description="LLM actors")
+
+
+class TrainingSettings(Section):
+    """How the Grad-Transformer is trained (section 4.2)."""
+
+    epochs: int = Field(30, ge=0, description="of Eq. 10; 0: training on behaviour alone (recipe=paper: 30)")
+    batch_size: int = Field(32, ge=1, description="tuples per optimizer step, over all workers")
+    learning_rate: float = Field(5e-5, gt=0, description="the paper: 2e-5 to 8e-5")
+    warmup_share: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    pool_max: int = Field(1, ge=1, description="N_max: a training input pools 1 to N_max shadows of one task")
+    checkpoint_epochs: int = Field(1, ge=1, description="epochs between two checkpoints and validations")
+    workers: int = Field(1, ge=1)
+    min_workers: int | None = Field(
+        None,
+        ge=1,
+        description="go on with so few workers when nodes leave, take more as they come; none: `workers`",
+    )
+    num_gpus: float = Field(0, ge=0, description="GPUs of one training worker")
+    num_cpus: float = Field(1, gt=0, description="CPUs of one training worker")
+    strategy: Literal["ddp", "zero1", "zero2", "zero3"] = Field(
+        "ddp",
+        description="what the workers share out: nothing (ddp), or by DeepSpeed the optimizer's state (zero1), "
+        "gradients too (zero2), weights too (zero3)",
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products; weights are kept in float32")
+    accumulation: int = Field(1, ge=1, description="passes that the batch of an optimizer step is cut into")
+    activation_checkpointing: bool = Field(
+        False, description="compute activations of a layer of phi again in the backward pass instead of keeping them"
+    )
+    compile: bool = Field(
+        False, description="compile the layers of phi for Eq. 10: a minute once, then faster on a GPU; not with zero3"
+    )
+    offload: bool = Field(False, description="keep the optimizer's state in the machine's memory (zero1 to zero3)")
+    tracking: Literal["tensorboard", "mlflow", "wandb"] = Field(
+        "tensorboard", description="where measures go; mlflow and wandb by their own environment variables"
+    )
+    seed: int = 0
+    behaviour: BehaviourSettings = BehaviourSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingSettings:
+        if not self.epochs and not self.behaviour.steps:
+            raise ValueError("epochs=0 and behaviour.steps=0 leave nothing to train")
+        if self.min_workers and self.min_workers > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} are more than workers={self.workers}")
+        if self.compile and self.strategy == "zero3":
+            raise ValueError("compile=true gains nothing with strategy=zero3, which fetches weights inside of layers")
+        if self.offload and self.strategy == "ddp":
+            raise ValueError("offload=true needs strategy=zero1, zero2 or zero3")
+        return self
+
+
+class RefinementSettings(Section):
+    """Optimizer steps on a generated adapter, towards the mean of itself and proxy-tuning (learning/refinement.py)."""
+
+    steps: int = Field(0, ge=0, description="0: adapters stay as they were generated, as in the paper")
+    rows: int = Field(16, ge=1, description="public rows of the client's task of a step")
+    learning_rate: float = Field(2e-2, gt=0)
+    near: float = Field(0.2, ge=0, le=1, description="share of proxy-tuning for a client as near as is usual")
+    far: float = Field(0.9, ge=0, le=1, description="share of proxy-tuning for a client out of range")
+    adapters: int = Field(8, ge=1, description="adapters refined in one pass")
+    workers: int = Field(1, ge=1, description="actors with both models")
+
+
+class GradTransformerSettings(Section):
+    """The network and its training."""
+
+    recipe: Literal["own", "paper"] = Field(
+        "own",
+        description="paper: no linear path, no mixtures, no behaviour loss, no refinement, whatever the other keys say",
+    )
+    phi: PhiSettings | None = Field(
+        PhiSettings(pretrained="google/flan-t5-large"), description="none: no network, the linear path alone"
+    )
+    input_clip: float = Field(6.0, gt=0, description="standardised inputs are clipped to +- this (decision 7)")
+    linear_rank: int = Field(
+        0, ge=0, description="most principal components of the linear path; 0: no linear path, as in the paper"
+    )
+    chunk: int | None = Field(
+        None,
+        ge=8,
+        description="coordinates of a token of phi: blocks are cut into chunks, whose ends do not grow with the LLM; "
+        "none: a block is a token, as in the paper",
+    )
+    scale_floor: float = Field(0.1, ge=0, description="floor of a scale, as a share of its module's RMS (decision 7)")
+    training: TrainingSettings = TrainingSettings()
+    refinement: RefinementSettings = RefinementSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_in_the_paper(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or tree.get("recipe") != "paper":
+            return tree
+        training = tree.get("training") or {}
+        training = training if isinstance(training, dict) else training.model_dump()
+        behaviour = training.get("behaviour") or {}
+        behaviour = behaviour if isinstance(behaviour, dict) else behaviour.model_dump()
+        plain = {**training, "pool_max": 1, "behaviour": {**behaviour, "steps": 0}}
+        if not plain.get("epochs", 1):
+            del plain["epochs"]
+        return {**tree, "linear_rank": 0, "training": plain, "refinement": {}}
+
+    @model_validator(mode="after")
+    def _check(self) -> GradTransformerSettings:
+        if self.phi is None and not self.linear_rank:
+            raise ValueError("phi=null leaves the linear path alone, but linear_rank=0 means that there is none")
+        if self.phi is None and not self.training.behaviour.steps:
+            raise ValueError("phi=null leaves the linear path alone, which is trained by training.behaviour.steps only")
+        return self
+
+
+class ClientSettings(Section):
+    """The simulated organisations whose private data the provider never sees."""
+
+    per_task: int = Field(5, ge=1, description="clients of a task in each population")
+    populations: tuple[PopulationName, ...] = Field(
+        ("seen",), min_length=1, description="kinds of clients (`gt_ray.tasks.populations`)"
+    )
+    samples: int | None = Field(None, ge=1, description="private rows of a client; none: all it has")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> ClientSettings:
+        if len(set(self.populations)) < len(self.populations):
+            raise ValueError(f"populations={list(self.populations)} names a population twice")
+        return self
+
+
+class VllmSettings(Section):
+    """One vLLM engine."""
+
+    max_loras: int = Field(8, ge=1, description="adapters that share a batch; their slots lie on the GPU")
+    max_lora_rank: int = Field(64, ge=1, le=512, description="adapters of a larger rank are refused")
+    max_num_seqs: int = Field(256, ge=1, description="sequences of a batch")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that one engine is spread over")
+    gpu_memory: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory that an engine takes")
+    cpu_cache_gb: int = Field(1, ge=1, description="key-value cache of an engine without a GPU, in GiB")
+
+
+class EvaluationSettings(Section):
+    """What is scored and how."""
+
+    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="auto: vLLM where it is installed")
+    test_rows: int | None = Field(None, ge=1, description="test rows of a client; none: all it has")
+    batch_size: int = Field(32, ge=1, description="test rows of a batch (engine=transformers)")
+    max_new_tokens: int = Field(512, ge=1)
+    max_model_len: int = Field(4096, ge=8, description="window in tokens, where the model's own is not smaller")
+    controls: bool = Field(True, description="score the controls of DESIGN.md section 6")
+    baselines: tuple[Literal["proxy_tuning"], ...] = Field(
+        (), description="methods without a Grad-Transformer to score; proxy_tuning needs one vocabulary of both models"
+    )
+    workers: int = Field(1, ge=1, description="engines of a model")
+    num_gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="GPUs of one engine; auto: one, or vllm.tensor_parallel, where the cluster has GPUs"
+    )
+    log_likelihood: bool = Field(True, description="log-likelihoods of the references too: a forward pass more a row")
+    vllm: VllmSettings = VllmSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationSettings:
+        if self.max_new_tokens >= self.max_model_len:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt within "
+                f"max_model_len={self.max_model_len}"
+            )
+        if self.vllm.tensor_parallel > 1 and self.num_gpus not in ("auto", self.vllm.tensor_parallel):
+            raise ValueError(
+                f"vllm.tensor_parallel={self.vllm.tensor_parallel} needs num_gpus=auto, not {self.num_gpus}"
+            )
+        return self
