@@ -39,6 +39,7 @@ class Shape:
         tokens: of phi, of S and of T.
         widths: d of S and of T.
         layers: of phi's encoder and decoder.
+        casts: bytes of the bf16 copies of Linear weights that autocast keeps while a pass lasts.
     """
 
     parts: dict[str, int]
@@ -46,6 +47,7 @@ class Shape:
     tokens: tuple[int, int]
     widths: tuple[int, int]
     layers: tuple[int, int]
+    casts: int
 
     @property
     def P(self) -> int:
@@ -64,6 +66,7 @@ def shape_of_network(config: Config) -> Shape:
         (model.embed_S.tokens, model.embed_T.tokens) if phi is not None else (0, 0),
         (layouts[0].d, layouts[1].d),
         (phi.config.num_layers, phi.config.num_decoder_layers) if phi is not None else (0, 0),
+        2 * sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear)),
     )
 
 
@@ -145,7 +148,9 @@ class TrainingPlan:
             # In a single pass gradients come as activations go; the optimizer's step then makes a copy of its own.
             beside = max(step.peak(tuples, True) - kept if accumulation == 1 else step.peak(tuples, False), FLOAT32 * P)
         else:
-            beside = max(step.peak(tuples, False), 0 if offload else FLOAT32 * math.ceil(P / n))
+            # zero3 gathers the weights of Linear modules in bf16, a few at a time, so that nothing is left to cast.
+            casts = self.shape.casts if strategy == "zero3" and self.settings.precision == "bf16" else 0
+            beside = max(step.peak(tuples, False) - casts, 0 if offload else FLOAT32 * math.ceil(P / n))
         items = {**found.on_gpu, STEP: beside}
         fits = sum(items.values()) <= self.room
         return Way(strategy, offload, checkpointing, accumulation, tuples, items, found.on_host, fits)
