@@ -100,7 +100,8 @@ def make_api(service: Service | None) -> FastAPI:
     return api
 
 
-@serve.deployment(name="Ingress", max_ongoing_requests=200, max_queued_requests=256, graceful_shutdown_timeout_s=60)
+# What waits in the proxy costs it more than what it refuses: with 256 waiting it came to a stand (docs/lab-notes.md).
+@serve.deployment(name="Ingress", max_ongoing_requests=200, max_queued_requests=16, graceful_shutdown_timeout_s=60)
 @serve.ingress()
 class Ingress:
     """One replica of the HTTP interface."""
