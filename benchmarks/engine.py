@@ -14,8 +14,6 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +24,7 @@ from gt_ray.config import FineTuneSettings, LoraSettings
 from gt_ray.learning.engine import Engine, FineTuned, TrainingSet
 from gt_ray.learning.samples import Sample
 from gt_ray.pairs.root import Root, initial_adapter
+from gt_ray.training.meter import matrix_peak, seconds
 
 SHAPES: dict[str, dict[str, Any]] = {
     name: {
@@ -71,23 +70,6 @@ def random_samples(n: int, shortest: int, longest: int, vocabulary: int) -> list
     return [Sample(ids[: -len(ids) // 8], ids[-len(ids) // 8 :]) for ids in tokens]
 
 
-def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product."""
-    n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / min(_seconds(lambda: a @ a, device) for _ in range(6))
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def batch1_seconds(model: Any, samples: list[Sample], settings: FineTuneSettings, device: torch.device) -> float:
     """Seconds of an optimizer step of one adapter with PEFT, batch 1, accumulated; LoRA is taken out again."""
     import peft
@@ -109,10 +91,10 @@ def batch1_seconds(model: Any, samples: list[Sample], settings: FineTuneSettings
         optimizer.zero_grad()
 
     step()
-    seconds = statistics.median(_seconds(step, device) for _ in range(3))
+    step_s = statistics.median(seconds(step, device) for _ in range(3))
     wrapped.unload()
     model.requires_grad_(False)
-    return seconds
+    return step_s
 
 
 def main(
@@ -125,7 +107,7 @@ def main(
     """Speed of the engine; example: `python benchmarks/engine.py --models tiny --adapters 1,4 --lengths 16,64`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    peak = matrix_peak(device, dtype)
+    peak = matrix_peak(device, "bf16" if dtype is torch.bfloat16 else "fp32")
     typer.echo(f"{device}, {dtype}, matrix peak {peak / 1e12:.2f} TFLOP/s")
     shortest, longest = map(int, lengths.split(","))
     settings = FineTuneSettings(steps=steps, learning_rate=1e-4)
@@ -151,14 +133,14 @@ def main(
             if len(engine.groups(sets, settings)[0]) < G:
                 typer.echo(f"{name} G={G}: out of memory")
                 break
-            seconds = statistics.median(_seconds(lambda: train(tune=settings), device) for _ in range(3)) / steps
-            rate = G * tokens / seconds
+            step_s = statistics.median(seconds(lambda: train(tune=settings), device) for _ in range(3)) / steps
+            rate = G * tokens / step_s
             # Forward and backward through frozen weights: two products each, no gradient of weights. The LM head runs
             # on targets alone, which this leaves out, as it does attention: an underestimate.
             found.setdefault(name, {})[G] = {
                 "tokens_per_s": round(rate),
                 "peak_share": round(4 * weights * rate / peak, 3),
-                "vs_batch1": round(baseline * G / seconds, 2),
+                "vs_batch1": round(baseline * G / step_s, 2),
             }
             if device.type == "cuda":
                 found[name][G]["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
-from collections.abc import Callable
 from typing import Annotated
 
 import torch
@@ -24,17 +22,7 @@ from gt_ray.config import LoraSettings
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.grad_transformer.phi import phi_of
 from gt_ray.pairs.families import known_config, layout_of
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+from gt_ray.training.meter import seconds
 
 
 def bytes_moved(model: GradTransformer) -> int:

@@ -23,7 +23,6 @@ import logging
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,7 +37,7 @@ from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.grad_transformer.phi import make_phi, phi_of
 from gt_ray.grad_transformer.several import SeveralPairs
 from gt_ray.pairs.families import known_config, layout_of
-from gt_ray.training.meter import matrix_peak
+from gt_ray.training.meter import matrix_peak, seconds
 from gt_ray.training.strategies import Strategy, start_strategy
 from gt_ray.training.tuples import Tuples
 from gt_ray.training.worker import adapt_layers, groups_of, tuple_passes
@@ -49,17 +48,6 @@ PAIRS = {
     "0.5B-32B": ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-32B-Instruct"),
 }
 SMALL = PhiSettings(d_model=256, layers=4, heads=4, d_ff=512)
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Of one call."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def random_tuples(layout_S: Layout, layout_T: Layout, N: int, device: torch.device) -> Tuples:
@@ -119,7 +107,7 @@ def by_loop(layout_S: Layout, layout_T: Layout, N: int, rounds: int) -> dict[str
     own()
     found: dict[str, list[float]] = {"own": [], "trainer": []}
     for _ in range(rounds):
-        found["own"].append(statistics.median(seconds(own) for _ in range(steps)))
+        found["own"].append(statistics.median(seconds(own, device) for _ in range(steps)))
         found["trainer"].append(by_trainer())
     return {name: statistics.median(walls) for name, walls in found.items()}
 
@@ -186,7 +174,7 @@ def _strategy_worker(rank: int, folder: str, names: list[str], rounds: int) -> N
         strategy = start_strategy(model, groups_of(model, "tuples"), settings, torch.device("cpu"), False)
         step = step_of(strategy, random_tuples(layout_S, layout_T, 32, torch.device("cpu")), settings)
         step()
-        wall_s = statistics.median(seconds(step) for _ in range(rounds))
+        wall_s = statistics.median(seconds(step, torch.device("cpu")) for _ in range(rounds))
         kept = sum(value.numel() for shard in strategy.shards for value in shard.values().values())
         if rank == 0:
             (Path(folder) / f"{name}.json").write_text(json.dumps({"step_s": wall_s, "kept_mb": 4 * kept / 1e6}))
@@ -226,9 +214,9 @@ def by_shape(pair: str, phi: str, variant: str, batches: list[int]) -> dict[str,
         try:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            first_s = seconds(step)
+            first_s = seconds(step, device)
             step()
-            wall_s = statistics.median(seconds(step) for _ in range(5))
+            wall_s = statistics.median(seconds(step, device) for _ in range(5))
         except torch.OutOfMemoryError:
             print(f"{pair} {variant} {N} tuples: out of memory", flush=True)
             torch.cuda.empty_cache()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TypeVar
 
@@ -43,14 +43,16 @@ def matrix_peak(device: torch.device, precision: str) -> float:
     n = PRODUCT[device.type]
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
 
-    def once() -> float:
-        _wait(device)
-        start = time.perf_counter()
-        a @ a
-        _wait(device)
-        return time.perf_counter() - start
+    return float(2 * n**3 / min(seconds(lambda: a @ a, device) for _ in range(5)))
 
-    return float(2 * n**3 / min(once() for _ in range(5)))
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Wall time of a call, to the end of what it has a GPU do."""
+    _wait(device)
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - start
 
 
 class Meter:

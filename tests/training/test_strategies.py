@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gt_ray.config import TrainingSettings
 from gt_ray.grad_transformer.network import GradTransformer
@@ -97,7 +98,7 @@ def _trainer(rank: int, world: int, folder: Path, runs: list[dict[str, Any]]) ->
         dist.all_reduce(mean)
         if rank == 0:
             (out / "losses.json").write_text(json.dumps((mean / world).tolist()))
-            torch.save(probe, out / "probe.pt")
+            save_file({"said": probe}, out / "probe.safetensors")
         save(out, strategy, rank, {"step": run["last"]}, [])
         dist.barrier()
     dist.destroy_process_group()
@@ -109,7 +110,7 @@ def spawn(world: int, folder: Path, runs: list[dict[str, Any]]) -> dict[str, tup
     return {
         run["name"]: (
             torch.tensor(json.loads((folder / run["name"] / "losses.json").read_text())),
-            torch.load(folder / run["name"] / "probe.pt", weights_only=True),
+            load_file(folder / run["name"] / "probe.safetensors")["said"],
         )
         for run in runs
     }
