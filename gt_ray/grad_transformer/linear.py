@@ -35,7 +35,7 @@ class LinearPath(nn.Module):
     def forward(self, z_S_NP: Tensor) -> Tensor:
         """The linear prediction [N, Q]."""
         with torch.autocast(z_S_NP.device.type, enabled=False):  # ridge regression is more exact than bf16
-            y_NQ: Tensor = z_S_NP.float() @ self.down @ self.up + self.bias
+            y_NQ: Tensor = z_S_NP.to(self.down.dtype) @ self.down @ self.up + self.bias
         return y_NQ
 
     @torch.no_grad()
