@@ -143,9 +143,9 @@ def test_a_trainer_that_dies_in_the_behaviour_phase_changes_nothing(
     histories = [json.loads((out / "history.json").read_text()) for out in (undisturbed, killed)]
     assert [entry["step"] for entry in histories[1]] == [pairs * step for step in (6, 12, 18, 22)]
     for entry, other in zip(*histories, strict=True):
-        assert {name: entry[name] for name in entry.keys() - TIMES} == {
-            name: other[name] for name in other.keys() - TIMES
-        }
+        assert entry.keys() == other.keys()
+        for name in entry.keys() - TIMES:  # identical as DESIGN.md means it, within 1e-5
+            assert entry[name] == pytest.approx(other[name], rel=1e-5, nan_ok=True), name
     states = [GradTransformer.load(out).state_dict() for out in (undisturbed, killed)]
     for name, tensor in states[0].items():
         assert torch.allclose(tensor, states[1][name], rtol=1e-5, atol=1e-7, equal_nan=True), name
