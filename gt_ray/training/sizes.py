@@ -24,13 +24,12 @@ from gt_ray.errors import UserError
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.grad_transformer.phi import make_phi, phi_of
 from gt_ray.pairs.families import known_config, layout_of
+from gt_ray.training.strategies import BUCKET
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 FLOAT32 = 4
 MOMENTS = 2
-BUCKET = 200_000_000
-"""Elements that DeepSpeed reduces or gathers at a time."""
 LIVE = 1_000_000_000
 """Most weights that ZeRO-3 holds gathered at a time."""
 

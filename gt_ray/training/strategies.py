@@ -20,6 +20,8 @@ from gt_ray.errors import require
 from gt_ray.grad_transformer.several import SeveralPairs
 from gt_ray.training.shards import MOMENTS, STEP, Shard
 
+BUCKET = 200_000_000
+"""Elements that DeepSpeed reduces or gathers at a time."""
 Groups = Sequence[Sequence[nn.Parameter]]
 """Parameters by learning rate."""
 
@@ -175,7 +177,7 @@ def zero_config(settings: TrainingSettings, parameters: int) -> dict[str, Any]:
     Args:
         parameters: of the model; buffers need not be larger.
     """
-    bucket = min(2 * 10**8, max(1, parameters))
+    bucket = min(BUCKET, max(1, parameters))
     stage: dict[str, Any] = {
         "stage": int(settings.strategy[-1]),
         "reduce_bucket_size": bucket,
@@ -200,6 +202,7 @@ def construction(settings: TrainingSettings) -> AbstractContextManager[Any]:
     if settings.strategy != "zero3":
         return contextlib.nullcontext()
     # Imported within, they would look at the Tensor.__new__ that Init replaces.
+    import torch._dynamo  # noqa: F401
     from transformers import T5Model  # noqa: F401
 
     zero: Any = require("deepspeed", "scale").zero

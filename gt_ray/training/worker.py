@@ -106,11 +106,8 @@ def train_worker(config: dict[str, Any]) -> None:
                 generator = torch.Generator().manual_seed(step_seed)
                 passes = tuple_passes(strategy, i, Tuples.of(batch), settings, generator)
             else:
-                mine, behaviour, rng = (
-                    settings.behaviour.adapters // world,
-                    settings.behaviour,
-                    random.Random(step_seed),
-                )
+                behaviour, rng = settings.behaviour, random.Random(step_seed)
+                mine = behaviour.adapters // world
                 drawn = inputs[i].draw(mine, behaviour.rows, behaviour.mix, rng)
                 passes = [partial(behaviour_loss, partial(strategy, i), pairs[i], *drawn, task.llms[i])]
             losses.append(strategy.optimize(passes, rates(task, step)))
