@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 PopulationName = Literal["seen", "unseen_mixture", "unseen_composition", "small_data", "large_data"]
 
@@ -48,6 +48,60 @@ class StopSettings(Section):
     held_out: int = Field(64, ge=1, description="public rows that the loss is computed on")
 
 
+class MechanismSettings(Section):
+    """What a learning mechanism other than plain fine-tuning may have of its own."""
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps, in place of fine_tune.steps")
+    batch_size: int | None = Field(None, ge=1, description="in place of fine_tune.batch_size")
+    learning_rate: float | None = Field(None, gt=0, description="in place of fine_tune.learning_rate")
+
+
+class DpSgdSettings(MechanismSettings):
+    """DP-SGD (Algorithm 1, appendix D): (epsilon, delta)-differential privacy of every row."""
+
+    name: Literal["dp_sgd"] = "dp_sgd"
+    epsilon: float = Field(4.0, gt=0, description="of the whole fine-tune; the noise follows from it")
+    delta: float = Field(1e-5, gt=0, lt=1)
+    row_norm: float = Field(0.1, gt=0, description="bound of the norm of a row's gradient (C)")
+
+
+class NoisyErmSettings(MechanismSettings):
+    """Gaussian noise on the result of plain fine-tuning (section 5)."""
+
+    name: Literal["noisy_erm"] = "noisy_erm"
+    noise: float = Field(gt=0, description="standard deviation of the noise on each number of the update")
+    update_norm: float | None = Field(
+        None, gt=0, description="bound of the update's norm; with it the noise hides the whole data set, not one row"
+    )
+
+
+class GibbsSettings(MechanismSettings):
+    """A sample of the Gibbs distribution by stochastic gradient Langevin dynamics (section 5)."""
+
+    name: Literal["gibbs"] = "gibbs"
+    temperature: float = Field(gt=0, description="of the distribution, in units of the mean loss a target token")
+
+
+def _mechanism_name(value: Any) -> Any:
+    if isinstance(value, str):
+        return "sft" if value == "sft" else None
+    return value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+
+
+Mechanism = Annotated[
+    Annotated[Literal["sft"], Tag("sft")]
+    | Annotated[DpSgdSettings, Tag("dp_sgd")]
+    | Annotated[NoisyErmSettings, Tag("noisy_erm")]
+    | Annotated[GibbsSettings, Tag("gibbs")],
+    Discriminator(
+        _mechanism_name,
+        custom_error_type="mechanism",
+        custom_error_message="a learning mechanism is sft, {name: dp_sgd, epsilon: 1}, {name: noisy_erm, noise: 0.01} "
+        "or {name: gibbs, temperature: 1e-5}",
+    ),
+]
+
+
 class FineTuneSettings(Section):
     """How a model is fine-tuned on one data set; the defaults are Table 5."""
 
@@ -58,7 +112,7 @@ class FineTuneSettings(Section):
     clip_norm: float = Field(0.1, gt=0, description="gradient clipping norm")
     weight_decay: float = Field(0.01, ge=0)
     max_length: int = Field(4096, ge=8, description="tokens; longer samples are errors")
-    mechanism: Literal["sft"] = "sft"
+    mechanism: Mechanism = Field("sft", description="sft, or `{name: dp_sgd, epsilon: 1}`, noisy_erm, gibbs")
 
     @property
     def last_steps(self) -> int:
@@ -67,6 +121,8 @@ class FineTuneSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> FineTuneSettings:
+        if self.stop.when == "plateau" and self.mechanism != "sft":
+            raise ValueError("stop.when=plateau looks at data that the mechanism does not protect; use steps")
         if self.stop.when == "plateau" and self.stop.every + self.stop.decay_steps > self.steps:
             raise ValueError(
                 f"steps={self.steps} is fewer than one look at the held-out loss and the decay after it "
