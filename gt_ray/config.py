@@ -32,6 +32,7 @@ from gt_ray.settings import (
     StopSettings,
     TrainingSettings,
     VllmSettings,
+    mechanism_label,
 )
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "config_of_model",
     "known_keys",
     "load_config",
+    "mechanism_label",
     "preset_names",
 ]
 
@@ -108,6 +110,8 @@ class Config(Section):
         domains = {"unseen_mixture", "unseen_composition"} & set(self.clients.populations)
         if domains and self.data.source != "embedded":
             raise ValueError(f"clients.populations={sorted(domains)} needs rows with domains (data.source=embedded)")
+        if self.clients.same_domain and self.data.source != "embedded":
+            raise ValueError("clients.same_domain=true needs rows with domains (data.source=embedded)")
         if "unseen_composition" in domains and not self.data.unseen_domains:
             raise ValueError("clients.populations=unseen_composition needs data.unseen_domains of 1 or more")
         return self

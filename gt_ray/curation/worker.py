@@ -6,6 +6,7 @@ import json
 import time
 from typing import Any
 
+from gt_ray.config import FineTuneSettings
 from gt_ray.curation.jobs import HELD_OUT, Side, model_settings
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
@@ -61,7 +62,7 @@ class FineTuner:
         self.loaded: tuple[Side, Any, Any] | None = None
 
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
-        """One block of jobs of one model and task, of equally many steps.
+        """One block of jobs of one model and task, fine-tuned alike.
 
         Returns:
             Columns `key` and `error`, which is empty where the unit is in the store.
@@ -74,8 +75,7 @@ class FineTuner:
             error = f"{deaths} workers died while they loaded {jobs[0]['side']} or measured a step of it"
             return {"key": list(errors), "error": [f"{error}; is there enough memory?"] * len(errors)}
         engine, tokenizer = self._load(jobs[0]["side"])
-        settings = model_settings(self.study.config, jobs[0]["side"]).fine_tune
-        settings = settings.model_copy(update={"steps": jobs[0]["steps"]})
+        settings = FineTuneSettings.model_validate(jobs[0]["made_by"]["fine_tune"])
         sets = {}
         for job in jobs:
             try:
@@ -147,8 +147,7 @@ class FineTuner:
         return errors
 
     def _training_set(self, tokenizer: Any, job: dict[str, Any], max_length: int) -> Any:
-        from gt_ray.learning.engine import TrainingSet
-        from gt_ray.learning.samples import encode
+        from gt_ray.learning.samples import TrainingSet, encode
         from gt_ray.tasks import TASKS
 
         def samples(split: str, positions: list[int]) -> Any:

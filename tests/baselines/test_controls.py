@@ -21,10 +21,10 @@ def shadow_set(K: int, seed: int, noise: float = 0.1) -> ShadowSet:
     S_KLd = torch.randn(K, L_S, D_S, generator=generator)
     linear_PQ = torch.randn(L_S * D_S, L_T * D_T, generator=torch.Generator().manual_seed(99))
     T_KQ = S_KLd.flatten(1) @ linear_PQ + 5 + noise * torch.randn(K, L_T * D_T, generator=generator)
-    return ShadowSet(S_KLd, T_KQ.view(K, L_T, D_T), 2 * S_KLd.flatten(1), TASKS[:K], DOMAINS[:K])
+    return ShadowSet(T_KQ.view(K, L_T, D_T), 2 * S_KLd.flatten(1), TASKS[:K], DOMAINS[:K])
 
 
-SHADOWS = Shadows(shadow_set(8, seed=0), shadow_set(5, seed=1))
+SHADOWS = Shadows(shadow_set(8, seed=0), shadow_set(5, seed=1), shadow_set(8, seed=0))
 CLIENT_P = torch.randn(L_S * D_S, generator=torch.Generator().manual_seed(2))
 
 
@@ -103,14 +103,14 @@ def test_ridge_takes_the_penalty_that_predicts_the_validation_shadows_best() -> 
 
 def test_ridge_finds_a_linear_map_and_shrinks_to_the_mean_where_there_is_none() -> None:
     exact = shadow_set(8, seed=0, noise=0.0)
-    linear = Shadows(exact, shadow_set(5, seed=1, noise=0.0))
+    linear = Shadows(exact, shadow_set(5, seed=1, noise=0.0), exact)
     assert linear.ridge.penalty == min(LAMBDAS)
     torch.testing.assert_close(linear.ridge(exact.z_S_KP), exact.T_KLd.flatten(1), rtol=1e-2, atol=1e-2)
     generator = torch.Generator().manual_seed(3)
     unrelated = [shadow_set(K, seed=K) for K in (8, 5)]
     for shadows in unrelated:
         shadows.z_S_KP = torch.randn(shadows.z_S_KP.shape, generator=generator)
-    assert Shadows(*unrelated).ridge.penalty > 1
+    assert Shadows(*unrelated, unrelated[0]).ridge.penalty > 1
 
 
 def test_equal_or_single_shadows_predict_their_mean() -> None:
