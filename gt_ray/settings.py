@@ -224,6 +224,11 @@ class CurationSettings(Section):
     tinylm_shadows: int = Field(
         0, ge=0, description="further shadows of the TinyLM alone, for training on behaviour, which needs no LLM update"
     )
+    tinylm_mechanisms: tuple[Mechanism, ...] = Field(
+        (),
+        description="learning mechanisms of the TinyLM's shadows, which take turns, so that they are like the clients; "
+        "none: pair.tinylm.fine_tune.mechanism",
+    )
     overlap: bool = Field(True, description="may two shadows share rows")
     seed: int = 0
     adapters_at_once: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
@@ -259,6 +264,12 @@ class BehaviourSettings(Section):
     adapters: int = Field(8, ge=1, description="updates generated for one step, over all training workers")
     rows: int = Field(8, ge=1, description="rows that each of them is tried on")
     mix: float = Field(0.5, ge=0, le=1, description="share of the inputs that are mixtures of two")
+    noise: float = Field(
+        0.0,
+        ge=0,
+        description="largest standard deviation of Gaussian noise on an input, in units of the root mean square of the "
+        "shadows' updates: for clients whose mechanism adds noise that the shadows' does not",
+    )
     learning_rate: float = Field(1e-4, gt=0, description="of the network")
     linear_learning_rate: float = Field(3e-4, gt=0, description="of the linear path")
     teacher: float = Field(

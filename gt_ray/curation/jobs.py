@@ -59,7 +59,9 @@ def shadow_job(config: Config, data: TaskData, root: Root, side: Side, shadow: S
     rows = _Rows(shadow.task, shadow.domain, shadow.split, shadow.positions)
     steps = list(config.curation.snapshot_steps)
     content = plan_content(config, shadow)
-    return _job(config, data, root, side, f"shadow {shadow.k}", rows, shadow.seed, steps, content)
+    mechanism = shadow.mechanism if side == "tinylm" else None
+    name = f"shadow {shadow.k}"
+    return _job(config, data, root, side, name, rows, shadow.seed, steps, content, mechanism=mechanism)
 
 
 def client_job(config: Config, data: TaskData, root: Root, side: Side, client: Client) -> FineTuneJob:

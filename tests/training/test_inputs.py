@@ -15,7 +15,7 @@ DOMAIN = ["a", "a", "a", "b", "b", "a+b"] * 2
 
 def one_hot() -> Inputs:
     """Updates that tell the weights of the shadows in what is drawn."""
-    return Inputs(torch.eye(12)[:, None], TASK, DOMAIN, [100 + k for k in range(12)])
+    return Inputs(torch.eye(12)[:, None], TASK, [(domain, "sft") for domain in DOMAIN], [100 + k for k in range(12)])
 
 
 def test_inputs_are_weights_of_shadows_of_one_task_that_sum_to_one_and_rows_are_of_them() -> None:
@@ -32,7 +32,7 @@ def test_inputs_are_weights_of_shadows_of_one_task_that_sum_to_one_and_rows_are_
 def test_a_new_shadow_of_a_kind_has_its_mean_and_the_noise_of_one() -> None:
     generator = torch.Generator().manual_seed(0)
     known = torch.randn(400, 1, 50, generator=generator) + 3
-    inputs = Inputs(known, [0] * 400, ["a"] * 400, list(range(400)))
+    inputs = Inputs(known, [0] * 400, [("a", "sft")] * 400, list(range(400)))
     updates, _ = inputs.draw(2000, 1, 0.0, random.Random(0))
     as_they_are = updates[updates.mean((1, 2)) < 3.5]
     assert 1200 < len(as_they_are) < 1700  # the others were made larger
@@ -41,7 +41,7 @@ def test_a_new_shadow_of_a_kind_has_its_mean_and_the_noise_of_one() -> None:
 
 
 def test_few_shadows_without_mixtures_are_taken_as_they_are() -> None:
-    updates, draws = Inputs(torch.eye(2)[:, None], [0, 1], ["", ""], [0, 1]).draw(20, 2, 0.0, random.Random(0))
+    updates, draws = Inputs(torch.eye(2)[:, None], [0, 1], [("", "sft")] * 2, [0, 1]).draw(20, 2, 0.0, random.Random(0))
     for update, draw in zip(updates[:, 0], draws, strict=True):
         assert (update > 0).sum() == 1 and {k for k, _ in draw} == {int(update.argmax())}
 
@@ -51,5 +51,22 @@ def test_the_order_of_batches_does_not_matter() -> None:
         {"S": torch.eye(12)[k : k + 1, None], "task": torch.tensor([TASK[k]]), "shadow": torch.tensor([k])}
         for k in range(12)
     ]
-    first, other = (Inputs.of(batches, DOMAIN).draw(9, 3, 0.5, random.Random(1)) for batches in (parts, parts[::-1]))
+    kinds = [(domain, "sft") for domain in DOMAIN]
+    first, other = (Inputs.of(batches, kinds).draw(9, 3, 0.5, random.Random(1)) for batches in (parts, parts[::-1]))
     assert torch.equal(first[0], other[0]) and first[1] == other[1]
+
+
+def test_shadows_of_different_mechanisms_are_different_kinds() -> None:
+    """Their noise differs, so that an update made of both would be like neither."""
+    kinds = [("a", "sft")] * 3 + [("a", "epsilon 1")] * 3
+    updates, _ = Inputs(torch.eye(6)[:, None], [0] * 6, kinds, list(range(6))).draw(60, 1, 0.0, random.Random(0))
+    assert all((weights[:3] == 0).all() or (weights[3:] == 0).all() for weights in updates[:, 0])
+
+
+def test_noise_is_in_units_of_the_updates() -> None:
+    known = 5 * torch.ones(2, 4, 2000)
+    inputs = Inputs(known, [0, 0], [("", "sft")] * 2, [0, 1])
+    plain, noisy = (inputs.draw(300, 1, 0.0, random.Random(0), noise)[0] for noise in (0.0, 0.4))
+    deviations = noisy.flatten(1).std(dim=1)
+    assert (plain.flatten(1).std(dim=1) == 0).all() and 1.9 < float(deviations.max()) < 2.05
+    assert abs(float(deviations.mean()) - 1) < 0.1

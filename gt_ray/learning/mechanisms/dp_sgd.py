@@ -119,7 +119,8 @@ def clipped_sums(
                 assert parameter.grad is not None
                 total.index_add_(0, adapter_B, parameter.grad * broadcast(factor_B, parameter.grad))
             loss_G.index_add_(0, adapter_B, loss_B.detach())
-            rows_G.index_add_(0, adapter_B, torch.ones_like(loss_B))
+            rows_G.index_add_(0, adapter_B, torch.ones_like(loss_B.detach()))
+            del sum_B, loss_B  # as long as its graph lives, autograd expects gradients of this pass's shape
     finally:
         for parameter, data, total in zip(trained, shared, sums, strict=True):
             parameter.grad = None

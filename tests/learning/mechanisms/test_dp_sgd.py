@@ -40,8 +40,9 @@ def root(settings: ModelSettings) -> Root:
     return make_root(settings)
 
 
-def test_clipped_sums_equal_a_loop_over_rows(settings: ModelSettings, root: Root) -> None:
-    """Also of adapters with different numbers of rows, and of none."""
+@pytest.mark.parametrize("pieces", [1, 100, 10**6])
+def test_clipped_sums_equal_a_loop_over_rows(pieces: int, settings: ModelSettings, root: Root) -> None:
+    """Also of adapters with different numbers of rows, and of none; in one pass, in several, and row by row."""
     engine = Engine(load_model(settings), root)
     rows = sets(1, rows=5)[0].samples
     batch = [rows[:3], rows[3:], []]
@@ -50,7 +51,7 @@ def test_clipped_sums_equal_a_loop_over_rows(settings: ModelSettings, root: Root
         with torch.no_grad():
             for parameter in trained:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-        loss_G = clipped_sums(engine.losses, trained, batch, SMALL, pieces=1)
+        loss_G = clipped_sums(engine.losses, trained, batch, SMALL, pieces)
         found = [parameter.grad.clone() for parameter in trained if parameter.grad is not None]
         before = [parameter.detach().clone() for parameter in trained]
     expected = [torch.zeros_like(data) for data in before]
