@@ -264,6 +264,9 @@ class BehaviourSettings(Section):
     adapters: int = Field(8, ge=1, description="updates generated for one step, over all training workers")
     rows: int = Field(8, ge=1, description="rows that each of them is tried on")
     mix: float = Field(0.5, ge=0, le=1, description="share of the inputs that are mixtures of two")
+    across: float = Field(
+        0.0, ge=0, le=1, description="share of the inputs that are means over tasks, for clients.joint=tasks"
+    )
     noise: float = Field(
         0.0,
         ge=0,

@@ -4,7 +4,8 @@
   of three of them has the mean of the kind and the noise of a single shadow (4/9 + 4/9 + 1/9 = 1), and is new each
   time, so that the network cannot learn shadows by heart.
 - Shadows of a mixture differ in its shares, so they get the noise of a kind of their task instead: a + t (b - c).
-- Convex mixtures of two such updates fill the space between the kinds; their rows are mixed alike.
+- Convex mixtures of two such updates fill the space between the kinds; their rows are mixed alike. So are means over
+  all tasks, as clients of different tasks are pooled, where the settings say so.
 - Some are made larger, as updates of clients are that fine-tune for longer than a shadow.
 - Where the settings say so, they get Gaussian noise, as a private mechanism of the clients adds.
 """
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gt_ray.config import BehaviourSettings
 from gt_ray.training.behaviour import Draw
 
 MIXED_SHADOWS = 0.25
@@ -58,6 +60,7 @@ class Inputs:
         self.kinds: dict[tuple[int, str, str], list[int]] = {}
         for k, (task, (domain, mechanism)) in enumerate(zip(task_K, kind_K, strict=True)):
             self.kinds.setdefault((task, domain, mechanism), []).append(k)
+        self.tasks = sorted({task for task, _, _ in self.kinds})
         self.pure = [kind for kind in self.kinds if "+" not in kind[1]]
         self.mixed = [kind for kind in self.kinds if "+" in kind[1]]
 
@@ -75,19 +78,17 @@ class Inputs:
             [shadows[i] for i in order],
         )
 
-    def draw(self, G: int, rows: int, mix: float, rng: random.Random, noise: float = 0.0) -> tuple[Tensor, list[Draw]]:
-        """G inputs [G, L, d], and the rows that each is tried on.
-
-        Args:
-            rows: of each.
-            mix: share of the inputs that are mixtures of two.
-            noise: largest standard deviation of noise, in units of the root mean square of the updates.
-        """
+    def draw(self, G: int, settings: BehaviourSettings, rng: random.Random) -> tuple[Tensor, list[Draw]]:
+        """G inputs [G, L, d], and the rows that each is tried on."""
         updates, draws = [], []
         for _ in range(G):
             first = self._member(rng)
             parts = [(1.0, first)]
-            if rng.random() < mix:
+            if settings.across and rng.random() < settings.across:
+                others = [task for task in self.tasks if task != first.task]
+                members = [first, *(self._member(rng, task) for task in rng.sample(others, len(others)))]
+                parts = [(1 / len(members), member) for member in members]
+            elif rng.random() < settings.mix:
                 share = rng.random()
                 parts = [(share, first), (1 - share, self._member(rng, first.task))]
             update_Ld = torch.zeros_like(self.S_KLd[0])
@@ -96,12 +97,14 @@ class Inputs:
                     update_Ld += share * weight * self.S_KLd[k]
             if rng.random() < SCALED:
                 update_Ld *= math.exp(rng.uniform(0, math.log(LARGEST_SCALE)))
-            if noise:
+            if settings.noise:
                 generator = torch.Generator().manual_seed(rng.randrange(2**62))
                 noise_Ld = torch.randn(update_Ld.shape, generator=generator).to(update_Ld.device)
-                update_Ld += rng.uniform(0, noise) * self.rms * noise_Ld
+                update_Ld += rng.uniform(0, settings.noise) * self.rms * noise_Ld
             updates.append(update_Ld)
-            chosen = rng.choices([member.rows_of for _, member in parts], [share for share, _ in parts], k=rows)
+            chosen = rng.choices(
+                [member.rows_of for _, member in parts], [share for share, _ in parts], k=settings.rows
+            )
             draws.append([(self.shadow_K[rng.choice(rows_of)], rng.randrange(2**31)) for rows_of in chosen])
         return torch.stack(updates), draws
 

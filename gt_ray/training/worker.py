@@ -108,7 +108,7 @@ def train_worker(config: dict[str, Any]) -> None:
             else:
                 behaviour, rng = settings.behaviour, random.Random(step_seed)
                 mine = behaviour.adapters // world
-                drawn = inputs[i].draw(mine, behaviour.rows, behaviour.mix, rng, behaviour.noise)
+                drawn = inputs[i].draw(mine, behaviour, rng)
                 passes = [partial(behaviour_loss, partial(strategy, i), pairs[i], *drawn, task.llms[i])]
             losses.append(strategy.optimize(passes, rates(task, step)))
             meter.count(pairs[i], mine)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gt_ray.baselines.controls import CONTROLS, LAMBDAS, Ridge, Shadows, ShadowSet
+from gt_ray.baselines.controls import CONTROLS, LAMBDAS, DomainClassifier, Ridge, Shadows, ShadowSet, oracle_domain
 
 TASKS = ["drop", "drop", "samsum", "drop", "samsum", "drop", "samsum", "drop"]
 DOMAINS = ["north", "south", "north", "north", "south", "south", "north", "south"]
@@ -128,3 +128,42 @@ def test_a_task_that_no_shadow_has_falls_back_on_all_shadows() -> None:
 def test_every_control_predicts_a_t_update(name: str) -> None:
     found = CONTROLS[name](SHADOWS, CLIENT_P, "drop")
     assert found.shape == (L_T, D_T) and found.dtype == torch.float32 and bool(torch.isfinite(found).all())
+
+
+def noisy_domains(K: int, seed: int) -> ShadowSet:
+    """Shadows of two domains that differ a little in the first coordinate and vary a lot in the second."""
+    generator = torch.Generator().manual_seed(seed)
+    z_KP = torch.randn(K, 5, generator=generator) * torch.tensor([0.1, 10.0, 1.0, 1.0, 1.0])
+    domains = ["north", "south"] * (K // 2)
+    z_KP[::2, 0] += 1
+    return ShadowSet(torch.arange(K)[:, None, None].float(), z_KP, ["drop"] * K, domains)
+
+
+def test_the_classifier_is_linear_discriminant_analysis() -> None:
+    shadows, new = noisy_domains(60, 0), noisy_domains(40, 1)
+    classifier = DomainClassifier(shadows, penalty=1.0)
+    means = {
+        domain: shadows.z_S_KP[[k for k in range(60) if shadows.domains[k] == domain]].double().mean(0)
+        for domain in ("north", "south")
+    }
+    within = torch.zeros(5, 5, dtype=torch.float64)
+    for z_P, domain in zip(shadows.z_S_KP.double(), shadows.domains, strict=True):
+        within += torch.outer(z_P - means[domain], z_P - means[domain]) / 60
+    precision = torch.linalg.inv(within + 0.01 * within.diagonal().mean() * torch.eye(5))
+    right = 0
+    for z_P, domain in zip(new.z_S_KP, new.domains, strict=True):
+        away = {name: z_P.double() - mean for name, mean in means.items()}
+        expected = min(away, key=lambda name: float(away[name] @ precision @ away[name]))
+        assert classifier(z_P, "drop") == expected
+        right += expected == domain
+    assert right > 35
+
+
+def test_domain_classifier_takes_the_mean_of_the_domain_that_it_names() -> None:
+    training, validation = noisy_domains(60, 0), noisy_domains(40, 1)
+    shadows = Shadows(training, validation, training)
+    client_P = torch.tensor([1.0, 20.0, 0, 0, 0])  # of north, though nearer to any shadow with as large a second number
+    found = CONTROLS["domain_classifier"](shadows, client_P, "drop")
+    torch.testing.assert_close(found, training.T_KLd[::2].mean(0))
+    torch.testing.assert_close(oracle_domain(shadows, "drop", "south"), training.T_KLd[1::2].mean(0))
+    assert oracle_domain(shadows, "drop", "west") is None

@@ -6,11 +6,18 @@ import random
 from collections import Counter
 
 import torch
+from torch import Tensor
 
+from gt_ray.config import BehaviourSettings
+from gt_ray.training.behaviour import Draw
 from gt_ray.training.inputs import LARGEST_SCALE, Inputs
 
 TASK = [0] * 6 + [1] * 6
 DOMAIN = ["a", "a", "a", "b", "b", "a+b"] * 2
+
+
+def drawn(inputs: Inputs, G: int, seed: int = 0, **settings: float) -> tuple[Tensor, list[Draw]]:
+    return inputs.draw(G, BehaviourSettings.model_validate(settings), random.Random(seed))
 
 
 def one_hot() -> Inputs:
@@ -19,21 +26,21 @@ def one_hot() -> Inputs:
 
 
 def test_inputs_are_weights_of_shadows_of_one_task_that_sum_to_one_and_rows_are_of_them() -> None:
-    updates, draws = one_hot().draw(300, 4, 0.5, random.Random(0))
+    updates, draws = drawn(one_hot(), 300, rows=4)
     assert updates.shape == (300, 1, 12) and all(len(draw) == 4 for draw in draws)
     for weights, draw in zip(updates[:, 0], draws, strict=True):
         assert 1 - 1e-5 < float(weights.sum()) < LARGEST_SCALE + 1e-5
         (task,) = {TASK[int(k)] for k in weights.nonzero()[:, 0]}
         assert all(TASK[shadow - 100] == task and row >= 0 for shadow, row in draw)
-    drawn = Counter(DOMAIN[shadow - 100] for draw in draws for shadow, _ in draw)
-    assert drawn.keys() == {"a", "b", "a+b"}
+    domains = Counter(DOMAIN[shadow - 100] for draw in draws for shadow, _ in draw)
+    assert domains.keys() == {"a", "b", "a+b"}
 
 
 def test_a_new_shadow_of_a_kind_has_its_mean_and_the_noise_of_one() -> None:
     generator = torch.Generator().manual_seed(0)
     known = torch.randn(400, 1, 50, generator=generator) + 3
     inputs = Inputs(known, [0] * 400, [("a", "sft")] * 400, list(range(400)))
-    updates, _ = inputs.draw(2000, 1, 0.0, random.Random(0))
+    updates, _ = drawn(inputs, 2000, rows=1, mix=0)
     as_they_are = updates[updates.mean((1, 2)) < 3.5]
     assert 1200 < len(as_they_are) < 1700  # the others were made larger
     assert abs(float(as_they_are.mean()) - 3) < 0.1 and abs(float(as_they_are.std()) - 1) < 0.1
@@ -41,7 +48,7 @@ def test_a_new_shadow_of_a_kind_has_its_mean_and_the_noise_of_one() -> None:
 
 
 def test_few_shadows_without_mixtures_are_taken_as_they_are() -> None:
-    updates, draws = Inputs(torch.eye(2)[:, None], [0, 1], [("", "sft")] * 2, [0, 1]).draw(20, 2, 0.0, random.Random(0))
+    updates, draws = drawn(Inputs(torch.eye(2)[:, None], [0, 1], [("", "sft")] * 2, [0, 1]), 20, rows=2, mix=0)
     for update, draw in zip(updates[:, 0], draws, strict=True):
         assert (update > 0).sum() == 1 and {k for k, _ in draw} == {int(update.argmax())}
 
@@ -52,21 +59,29 @@ def test_the_order_of_batches_does_not_matter() -> None:
         for k in range(12)
     ]
     kinds = [(domain, "sft") for domain in DOMAIN]
-    first, other = (Inputs.of(batches, kinds).draw(9, 3, 0.5, random.Random(1)) for batches in (parts, parts[::-1]))
+    first, other = (drawn(Inputs.of(batches, kinds), 9, seed=1, rows=3) for batches in (parts, parts[::-1]))
     assert torch.equal(first[0], other[0]) and first[1] == other[1]
 
 
 def test_shadows_of_different_mechanisms_are_different_kinds() -> None:
     """Their noise differs, so that an update made of both would be like neither."""
     kinds = [("a", "sft")] * 3 + [("a", "epsilon 1")] * 3
-    updates, _ = Inputs(torch.eye(6)[:, None], [0] * 6, kinds, list(range(6))).draw(60, 1, 0.0, random.Random(0))
+    updates, _ = drawn(Inputs(torch.eye(6)[:, None], [0] * 6, kinds, list(range(6))), 60, mix=0)
     assert all((weights[:3] == 0).all() or (weights[3:] == 0).all() for weights in updates[:, 0])
 
 
 def test_noise_is_in_units_of_the_updates() -> None:
     known = 5 * torch.ones(2, 4, 2000)
     inputs = Inputs(known, [0, 0], [("", "sft")] * 2, [0, 1])
-    plain, noisy = (inputs.draw(300, 1, 0.0, random.Random(0), noise)[0] for noise in (0.0, 0.4))
+    plain, noisy = (drawn(inputs, 300, mix=0, noise=noise)[0] for noise in (0.0, 0.4))
     deviations = noisy.flatten(1).std(dim=1)
     assert (plain.flatten(1).std(dim=1) == 0).all() and 1.9 < float(deviations.max()) < 2.05
     assert abs(float(deviations.mean()) - 1) < 0.1
+
+
+def test_means_over_tasks_have_rows_of_all_of_them() -> None:
+    updates, draws = drawn(one_hot(), 100, rows=12, across=1.0)
+    for weights, rows in zip(updates[:, 0], draws, strict=True):
+        of_tasks = weights[:6].sum(), weights[6:].sum()
+        torch.testing.assert_close(of_tasks[0], of_tasks[1])
+        assert len({TASK[shadow - 100] for shadow, _ in rows}) == 2 or len(rows) < 12
