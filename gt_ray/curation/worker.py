@@ -156,7 +156,11 @@ class FineTuner:
 
         name = f"{job['name']} ({job['task']}, {job['side']})"
         return TrainingSet(
-            samples(job["split"], job["positions"]), job["seed"], samples(HELD_OUT, job["held_out"]), name
+            samples(job["split"], job["positions"]),
+            job["seed"],
+            samples(HELD_OUT, job["held_out"]),
+            name,
+            noise_seed=int(job["key"][:15], 16),  # clients share a seed, and a shadow's two models do, but no noise
         )
 
     def _load(self, side: Side) -> tuple[Any, Any]:

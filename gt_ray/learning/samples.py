@@ -32,8 +32,8 @@ class TrainingSet:
         seed: order of the samples.
         held_out: samples whose loss tells when to stop (`stop.when=plateau`).
         name: for messages.
-        noise_seed: what a private mechanism draws rows and noise from: secret where the rows are real, for who knows it
-            can take the noise away. None: from `seed`, for simulated clients, whose runs can be repeated.
+        noise_seed: what a private mechanism draws rows and noise from: another one for every fine-tune, and secret where
+            the rows are real, for who knows it can take the noise away. None: `seed`.
     """
 
     samples: Sequence[Sample]
@@ -44,7 +44,7 @@ class TrainingSet:
 
     @property
     def secret_seed(self) -> int:
-        """`noise_seed`, or what stands in for it in a simulation."""
+        """`noise_seed`, or what stands in for it."""
         return self.seed if self.noise_seed is None else self.noise_seed
 
 
