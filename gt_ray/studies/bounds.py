@@ -7,7 +7,6 @@ run of its own.
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
 from collections import Counter
@@ -17,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from gt_ray.config import Config, FineTuneSettings
+from gt_ray.config import Config
 from gt_ray.curation.jobs import SIDES, Side, model_settings
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.estimates import Estimate, bag_of_words, bootstrap_mean, kl_by_classifier, subgaussian_sigma
+from gt_ray.learning.mechanisms import statement
 from gt_ray.studies.gaps import Gaps, Losses, measure
 from gt_ray.tasks import TASKS
 from gt_ray.theory import (
@@ -147,7 +147,7 @@ def _of_clients(
     B = max(1, round(share * clients_CB.shape[1]))
     private = round(share * sum(len(client.private) for client in study.data.clients))
     n = {len(study.shadows[k].positions) for k in gaps.shadows} | {len(one.private) for one in study.data.clients}
-    sets = 1 if study.config.curation.overlap else len(gaps.shadows)
+    sets = 1 if max(_counts(study, gaps.shadows)) > 1 else len(gaps.shadows)
     row = {
         "gap": "utility",
         "public_rows": sizes["public_rows"],
@@ -164,9 +164,18 @@ def _first(study: Study, gaps: Gaps, told: Told, share: float) -> tuple[int, flo
     """How many shadows are so large a share, what they tell at most, and of how many rows."""
     K = max(1, round(share * len(gaps.shadows)))
     counts = _counts(study, gaps.shadows[:K])
-    # Where shadows share rows, each may tell of those of all.
-    information = information_of_shadows(told if study.config.curation.overlap else told[:K])
+    information = information_of_shadows([told[i] for i in _connected(study, gaps.shadows, K)])
     return K, information, {"shadows": K, "public_rows": len(counts), "effective_rows": effective_rows(counts)}
+
+
+def _connected(study: Study, shadows: Sequence[int], K: int) -> list[int]:
+    """The first K shadows and those that they share rows with, one way or another: all that can tell of their rows."""
+    rows = [{(study.shadows[k].task, position) for position in study.shadows[k].positions} for k in shadows]
+    found, reached = set(range(K)), set().union(*rows[:K])
+    while more := [i for i in range(len(rows)) if i not in found and rows[i] & reached]:
+        found.update(more)
+        reached.update(*(rows[i] for i in more))
+    return sorted(found)
 
 
 def _beyond_shadows(study: Study, gaps: Gaps) -> tuple[Losses, Losses]:
@@ -215,13 +224,13 @@ def _information(study: Study, shadows: Sequence[int]) -> tuple[dict[str, Any], 
         fine_tune, layout = model_settings(config, side).fine_tune, study.roots[side].layout
         jobs = study.shadow_jobs(side)
         sizes = [len(study.shadows[k].positions) for k in shadows]
-        stated[side] = statement_of(fine_tune, sizes[0])
+        stated[side] = statement(fine_tune, sizes[0])
         square = None
         if stated[side]["name"] == "noisy_erm" and "update_norm" not in stated[side]:
             squares = [float(study.store.read(jobs[k].key)[0][-1].square().sum()) for k in shadows]
             square = max(0.0, float(np.mean(squares)) - len(layout.places) * stated[side]["noise"] ** 2)
         told[side] = [
-            mechanism_information(statement_of(fine_tune, n), n, len(layout.places), releases, square) for n in sizes
+            mechanism_information(statement(fine_tune, n), n, len(layout.places), releases, square) for n in sizes
         ]
         if None in told[side]:
             reasons.append(f"{side} is fine-tuned by {stated[side]['name']}, without noise")
@@ -229,11 +238,3 @@ def _information(study: Study, shadows: Sequence[int]) -> tuple[dict[str, Any], 
         reasons.append("training on behaviour reads the shadows' rows themselves")
     per_shadow = [None if reasons else (a or 0) + (b or 0) for a, b in zip(*told.values(), strict=True)]
     return stated, per_shadow, "; ".join(reasons) or None
-
-
-def statement_of(fine_tune: FineTuneSettings, rows: int) -> Mapping[str, Any]:
-    """What an update file would state of the mechanism."""
-    if fine_tune.mechanism == "sft":
-        return {"name": "sft"}
-    found: Mapping[str, Any] = importlib.import_module("gt_ray.learning.mechanisms").statement(fine_tune, rows)
-    return found

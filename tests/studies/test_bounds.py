@@ -26,7 +26,7 @@ from gt_ray.studies.facts import bounds_of
 from gt_ray.studies.gaps import Gaps, draw, measure, training_shadows
 from gt_ray.studies.pipeline import curate_stage, generate_stage, prepare, train_stage
 from gt_ray.tasks import TASKS
-from gt_ray.theory import noisy_erm_information, utility_bound
+from gt_ray.theory import gibbs_information, noisy_erm_information, utility_bound
 from gt_ray.training.run import load_trained
 from tests.conftest import tiny_config
 
@@ -136,7 +136,7 @@ def test_sft_has_no_bound_and_the_page_and_the_command_say_so(
 @pytest.mark.ray
 def test_a_mechanism_with_noise_has_bounds(study: Study, gaps: Gaps, monkeypatch: pytest.MonkeyPatch) -> None:
     stated = {"name": "noisy_erm", "noise": 0.5, "update_norm": 0.1}
-    monkeypatch.setattr(bounds, "statement_of", lambda fine_tune, rows: stated)
+    monkeypatch.setattr(bounds, "statement", lambda fine_tune, rows: stated)
     found = bounds.compare(study, gaps, loss_bound=2.0)
     P_S, P_T = (len(study.roots[side].layout.places) for side in ("tinylm", "llm"))
     told = sum(noisy_erm_information(0.5, 0.01, P, releases=2) for P in (P_S, P_T))
@@ -155,14 +155,42 @@ def test_a_mechanism_with_noise_has_bounds(study: Study, gaps: Gaps, monkeypatch
     of_clients = found["table"][8]
     assert of_clients["private_rows"] == 16
     assert of_clients["stated"] == pytest.approx(math.sqrt(2 * (6 * told + kl) / 16))
-    assert of_clients["corrected"] == pytest.approx(math.sqrt(2 * (6 * told + 8 * kl)))  # data sets share rows
+    assert max(bounds._counts(study, gaps.shadows)) == 1  # no two shadows share a row
+    assert of_clients["corrected"] == pytest.approx(math.sqrt(2 * (told + 8 * kl)))
+    assert found["table"][0]["corrected"] == pytest.approx(math.sqrt(2 * 2 * told / 16))  # the first 2 of the shadows
     text = bounds_of(found)
     assert f"{whole['corrected']:.3f}" in text.rows[2] and "guaranteed" in text.notes[2] and "at most" in text.notes[0]
 
 
+def test_shadows_that_share_rows_tell_of_one_another(tiny: Config) -> None:
+    study = Study.load(tiny)
+    shadows = training_shadows(study)
+    assert bounds._connected(study, shadows, 2) == [0, 1]
+    chained = list(study.shadows)
+    for i, j in ((0, 2), (2, 4)):  # all of one task
+        moved = [*chained[shadows[j]].positions[:-1], chained[shadows[i]].positions[0]]
+        chained[shadows[j]] = replace(chained[shadows[j]], positions=moved)
+    study = replace(study, shadows=chained)
+    assert bounds._connected(study, shadows, 1) == [0, 2, 4]
+    assert sorted(bounds._counts(study, shadows))[-1] > 1
+
+
+def test_information_is_that_of_both_models_mechanisms(tiny_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    gibbs = [f"pair.{side}.fine_tune.mechanism={{name: gibbs, temperature: 1e-3}}" for side in ("tinylm", "llm")]
+    study = Study.load(tiny_config(tiny_pair, tmp_path, *gibbs))
+    stated, told, unbounded = bounds._information(study, training_shadows(study))
+    assert stated["llm"]["temperature"] == 1e-3 and unbounded is None
+    rates = [0.02 * (1 - step / 3) for step in range(3)]
+    P = (len(study.roots[side].layout.places) for side in ("tinylm", "llm"))
+    assert told == pytest.approx([sum(gibbs_information(rates, 0.1, 1e-3, one) for one in P)] * 6)
+    half = Study.load(tiny_config(tiny_pair, tmp_path, gibbs[0]))
+    _, told, unbounded = bounds._information(half, training_shadows(half))
+    assert told == [None] * 6 and unbounded == "llm is fine-tuned by sft, without noise"
+
+
 @pytest.mark.ray
 def test_training_on_behaviour_undoes_the_noise(study: Study, gaps: Gaps, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "statement_of", lambda fine_tune, rows: {"name": "noisy_erm", "noise": 0.5})
+    monkeypatch.setattr(bounds, "statement", lambda fine_tune, rows: {"name": "noisy_erm", "noise": 0.5})
     settings = study.config.grad_transformer
     assert bounds.compare(study, gaps)["table"][0]["corrected"] is not None
     training = settings.training.model_copy(
