@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from gt_ray.config import Config
-from gt_ray.curation.jobs import SIDES, Side, model_settings
+from gt_ray.config import Config, FineTuneSettings
+from gt_ray.curation.jobs import SIDES, FineTuneJob, Side
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.estimates import Estimate, bag_of_words, bootstrap_mean, kl_by_classifier, subgaussian_sigma
@@ -85,14 +85,14 @@ def compare(study: Study, gaps: Gaps, loss_bound: float | None = None) -> dict[s
             "data_sets": subgaussian_sigma(_beyond_shadows(study, gaps)[0].mean(1)),
         }
     kl = kl_by_classifier(*_features(study, gaps))
-    stated, told, unbounded = _information(study, gaps.shadows)
+    mechanisms, told, unbounded = _information(study, gaps.shadows)
     values = {name: one.value for name, one in sigma.items()}
     counts = _counts(study, gaps.shadows)
     return {
         "preset": study.config.preset,
         "seed": study.config.seed,
         "unit": "nats a target token",
-        "mechanism": stated,
+        "mechanisms": mechanisms,
         "rows_of_each": gaps.own_KB.shape[1],
         "loss_bound": loss_bound,
         "sigma": {name: one._asdict() for name, one in sigma.items()} | {"guaranteed": loss_bound is not None},
@@ -211,30 +211,46 @@ def _features(study: Study, gaps: Gaps) -> tuple[Losses, Losses]:
 
 
 def _information(study: Study, shadows: Sequence[int]) -> tuple[dict[str, Any], list[float | None], str | None]:
-    """What each model's mechanism states, the information in each shadow's tuple, and why it has no bound.
+    """What each model's mechanisms state, the information in each shadow's tuple, and why it has no bound.
 
     S and T have noise of their own, so a tuple tells no more than both.
     """
     config = study.config
     releases = len(config.curation.snapshot_steps)
-    stated: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     told: dict[Side, list[float | None]] = {}
     reasons = []
     for side in SIDES:
-        fine_tune, layout = model_settings(config, side).fine_tune, study.roots[side].layout
-        jobs = study.shadow_jobs(side)
-        sizes = [len(study.shadows[k].positions) for k in shadows]
-        stated[side] = statement(fine_tune, sizes[0])
-        square = None
-        if stated[side]["name"] == "noisy_erm" and "update_norm" not in stated[side]:
-            squares = [float(study.store.read(jobs[k].key)[0][-1].square().sum()) for k in shadows]
-            square = max(0.0, float(np.mean(squares)) - len(layout.places) * stated[side]["noise"] ** 2)
-        told[side] = [
-            mechanism_information(statement(fine_tune, n), n, len(layout.places), releases, square) for n in sizes
+        P, jobs = len(study.roots[side].layout.places), study.shadow_jobs(side)
+        chosen = [jobs[k] for k in shadows]
+        stated = [
+            statement(FineTuneSettings.model_validate(job.made_by["fine_tune"]), len(job.positions)) for job in chosen
         ]
-        if None in told[side]:
-            reasons.append(f"{side} is fine-tuned by {stated[side]['name']}, without noise")
+        squares = _square_norms(study, chosen, stated, P)
+        told[side] = [
+            mechanism_information(one, len(job.positions), P, releases, square)
+            for one, job, square in zip(stated, chosen, squares, strict=True)
+        ]
+        named[side] = [one for i, one in enumerate(stated) if one not in stated[:i]]
+        silent = dict.fromkeys(one["name"] for one, most in zip(stated, told[side], strict=True) if most is None)
+        reasons += [f"{side} is fine-tuned by {name}, without noise" for name in silent]
     if config.grad_transformer.training.behaviour.steps:
         reasons.append("training on behaviour reads the shadows' rows themselves")
     per_shadow = [None if reasons else (a or 0) + (b or 0) for a, b in zip(*told.values(), strict=True)]
-    return stated, per_shadow, "; ".join(reasons) or None
+    return named, per_shadow, "; ".join(reasons) or None
+
+
+def _square_norms(
+    study: Study, jobs: Sequence[FineTuneJob], stated: Sequence[Mapping[str, Any]], P: int
+) -> list[float | None]:
+    """Mean squared norm, without the noise, of the updates of each shadow's mechanism, where it states no bound."""
+    unbounded = [one["name"] == "noisy_erm" and "update_norm" not in one for one in stated]
+    found: list[float | None] = [None] * len(jobs)
+    for i, one in enumerate(stated):
+        alike = [k for k, other in enumerate(stated) if other == one]
+        if unbounded[i] and i == alike[0]:
+            flat = study.roots[jobs[i].side].layout.flat
+            squares = [float(flat(study.store.read(jobs[k].key)[0][-1]).square().sum()) for k in alike]
+            for k in alike:
+                found[k] = max(0.0, float(np.mean(squares)) - P * one["noise"] ** 2)
+    return found

@@ -217,7 +217,8 @@ def bounds_of(bounds: Mapping[str, Any]) -> BoundsTable:
     ]
     columns = ["gap", "|D_p|", "independent", "|D|", "measured", "bound as stated", "corrected", "I at least"]
     sigma = bounds["sigma"]
-    names = " and ".join(f"{side} by {stated['name']}" for side, stated in bounds["mechanism"].items())
+    named = {side: dict.fromkeys(one["name"] for one in stated) for side, stated in bounds["mechanisms"].items()}
+    names = " and ".join(f"{side} by {', '.join(one)}" for side, one in named.items())
     told = finite(bounds["information_of_a_shadow"])
     kind = "guaranteed" if sigma["guaranteed"] else "estimated"
     notes = [

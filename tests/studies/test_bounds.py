@@ -118,7 +118,7 @@ def test_sft_has_no_bound_and_the_page_and_the_command_say_so(
     assert stop.value.code == 0
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((config.run_folder / bounds.BOUNDS).read_text())
-    assert found["mechanism"] == {"tinylm": {"name": "sft"}, "llm": {"name": "sft"}}
+    assert found["mechanisms"] == {"tinylm": [{"name": "sft"}], "llm": [{"name": "sft"}]}
     assert found["information_of_a_shadow"] is None and "without noise" in found["unbounded"]
     assert [row["gap"] for row in found["table"][::3]] == ["generalisation", "utility of public updates", "utility"]
     for row in found["table"]:
@@ -179,10 +179,14 @@ def test_information_is_that_of_both_models_mechanisms(tiny_pair: tuple[Path, Pa
     gibbs = [f"pair.{side}.fine_tune.mechanism={{name: gibbs, temperature: 1e-3}}" for side in ("tinylm", "llm")]
     study = Study.load(tiny_config(tiny_pair, tmp_path, *gibbs))
     stated, told, unbounded = bounds._information(study, training_shadows(study))
-    assert stated["llm"]["temperature"] == 1e-3 and unbounded is None
+    assert [one["temperature"] for one in stated["llm"]] == [1e-3] and unbounded is None
     rates = [0.02 * (1 - step / 3) for step in range(3)]
     P = (len(study.roots[side].layout.places) for side in ("tinylm", "llm"))
     assert told == pytest.approx([sum(gibbs_information(rates, 0.1, 1e-3, one) for one in P)] * 6)
+    turns = "curation.tinylm_mechanisms=[{name: gibbs, temperature: 1e-3}, {name: gibbs, temperature: 2e-3}]"
+    study = Study.load(tiny_config(tiny_pair, tmp_path, gibbs[1], turns))
+    stated, of_turns, _ = bounds._information(study, training_shadows(study))
+    assert len(stated["tinylm"]) == 2 and {told[0]} < set(of_turns) and min(map(float, of_turns)) < told[0]
     half = Study.load(tiny_config(tiny_pair, tmp_path, gibbs[0]))
     _, told, unbounded = bounds._information(half, training_shadows(half))
     assert told == [None] * 6 and unbounded == "llm is fine-tuned by sft, without noise"
@@ -208,7 +212,7 @@ def test_estimates_are_shown_with_their_intervals() -> None:
     text = bounds_of(
         {
             "unit": "nats",
-            "mechanism": {"tinylm": {"name": "sft"}},
+            "mechanisms": {"tinylm": [{"name": "sft"}, {"name": "gibbs"}]},
             "rows_of_each": 4,
             "sigma": sigma | {"guaranteed": False},
             "kl": measured,
@@ -219,4 +223,8 @@ def test_estimates_are_shown_with_their_intervals() -> None:
         }
     )
     assert text.rows == [["utility", "1,234", "-", "-", "+0.000 [-0.200, +0.200]", "none", "0.500", "-"]]
-    assert "public rows 0.500, private" in text.notes[2] and "0.250 at least" in text.notes[2]
+    assert (
+        "tinylm by sft, gibbs." in text.notes[0]
+        and "public rows 0.500, private" in text.notes[2]
+        and "0.250 at least" in text.notes[2]
+    )
