@@ -26,6 +26,7 @@ from gt_ray.studies.facts import (
     LIKELIHOOD,
     RATIOS,
     averages_of,
+    bounds_of,
     command_of,
     duration,
     essentials,
@@ -78,7 +79,7 @@ def print_populations(populations: dict[str, Any]) -> None:
 
 
 def write_html(run_folder: Path) -> Path:
-    """Write `report.html` from `report.json`, and from the Grad-Transformer's history where there is one.
+    """Write `report.html` from `report.json`, and from the Grad-Transformer's history and `bounds.json` where they are.
 
     Raises:
         UserError: `report.json` is not there, a file is damaged, or matplotlib is not installed.
@@ -87,6 +88,7 @@ def write_html(run_folder: Path) -> Path:
     if not isinstance(report, dict):
         raise UserError(f"{run_folder / 'report.json'} is not there or no report; run `gt-ray evaluate` first")
     history = _read(run_folder / "grad_transformer" / "history.json") or []
+    bounds = _read(run_folder / "bounds.json")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -118,6 +120,7 @@ def write_html(run_folder: Path) -> Path:
         compared=list(dict.fromkeys(name for named in intervals.values() for name in named)),
         forests={task: forest(task, named) for task, named in intervals.items()},
         loss_charts=_loss_charts(history),
+        bounds=bounds_of(bounds) if bounds else None,
         walls=[(stage, duration(wall), 100 * wall / max(walls.values())) for stage, wall in walls.items()],
         total=duration(sum(walls.values())),
         origin=origin_of(report),
