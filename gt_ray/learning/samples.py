@@ -32,7 +32,7 @@ class TrainingSet:
         seed: order of the samples.
         held_out: samples whose loss tells when to stop (`stop.when=plateau`).
         name: for messages.
-        noise_seed: what a private mechanism draws rows and noise from: another one for every fine-tune, and secret where
+        noise_seed: what a private mechanism draws rows and noise from: another one for every fine-tune, secret where
             the rows are real, for who knows it can take the noise away. None: `seed`.
     """
 
