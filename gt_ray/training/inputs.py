@@ -27,6 +27,8 @@ MIXED_SHADOWS = 0.25
 """Share of the inputs that are made of shadows of a mixture, where there are some."""
 MOST_NOISE = 0.7
 """Largest t."""
+NOISY = 0.5
+"""Share of the inputs that get noise, where the settings say so."""
 SCALED, LARGEST_SCALE = 0.3, 1.75
 """Share of the inputs that are made larger, and up to how much."""
 
@@ -97,10 +99,12 @@ class Inputs:
                     update_Ld += share * weight * self.S_KLd[k]
             if rng.random() < SCALED:
                 update_Ld *= math.exp(rng.uniform(0, math.log(LARGEST_SCALE)))
-            if settings.noise:
+            if settings.noise and rng.random() < NOISY:
+                ratio = rng.uniform(0, settings.noise)
                 generator = torch.Generator().manual_seed(rng.randrange(2**62))
                 noise_Ld = torch.randn(update_Ld.shape, generator=generator).to(update_Ld.device)
-                update_Ld += rng.uniform(0, settings.noise) * self.rms * noise_Ld
+                # AdamW's steps are as large with noise as without, so a noisy update is no larger than another.
+                update_Ld = (update_Ld + ratio * self.rms * noise_Ld) / math.sqrt(1 + ratio**2)
             updates.append(update_Ld)
             chosen = rng.choices(
                 [member.rows_of for _, member in parts], [share for share, _ in parts], k=settings.rows

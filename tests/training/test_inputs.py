@@ -70,13 +70,15 @@ def test_shadows_of_different_mechanisms_are_different_kinds() -> None:
     assert all((weights[:3] == 0).all() or (weights[3:] == 0).all() for weights in updates[:, 0])
 
 
-def test_noise_is_in_units_of_the_updates() -> None:
-    known = 5 * torch.ones(2, 4, 2000)
-    inputs = Inputs(known, [0, 0], [("", "sft")] * 2, [0, 1])
-    plain, noisy = (drawn(inputs, 300, mix=0, noise=noise)[0] for noise in (0.0, 0.4))
-    deviations = noisy.flatten(1).std(dim=1)
-    assert (plain.flatten(1).std(dim=1) == 0).all() and 1.9 < float(deviations.max()) < 2.05
-    assert abs(float(deviations.mean()) - 1) < 0.1
+def test_half_of_the_inputs_get_noise_and_none_becomes_larger() -> None:
+    known = torch.ones(2, 4, 2000)
+    known[:, ::2] = -1
+    inputs = Inputs(5 * known, [0, 0], [("", "sft")] * 2, [0, 1])
+    noisy, _ = drawn(inputs, 400, rows=1, mix=0, noise=3)
+    size_G = noisy.square().mean((1, 2)).sqrt()
+    assert float(size_G.min()) > 4.9 and float(size_G.max()) < 5.1 * LARGEST_SCALE
+    signal_G = (noisy * known[0]).mean((1, 2)) / size_G
+    assert 0.4 < float((signal_G < 0.999).float().mean()) < 0.6 and 0.3 < float(signal_G.min()) < 0.4  # 1 / sqrt(10)
 
 
 def test_means_over_tasks_have_rows_of_all_of_them() -> None:
