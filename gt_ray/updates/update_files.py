@@ -143,8 +143,8 @@ def _check_norm(update_Ld: Tensor, mechanism: Mapping[str, Any], where: str) -> 
     most = bound + noise * (math.sqrt(update_Ld.numel()) + 5)
     if (norm := float(update_Ld.norm())) > 1.001 * most:
         raise UserError(
-            f"{where} states an update_norm of {bound:g} and noise of {noise:g}, so its norm is {most:.3g} at most, but "
-            f"it is {norm:.3g}: what it states of its privacy does not hold"
+            f"{where} states an update_norm of {bound:g} and noise of {noise:g}, so its norm is {most:.3g} at most, "
+            f"but it is {norm:.3g}: what it states of its privacy does not hold"
         )
 
 

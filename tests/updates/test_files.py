@@ -167,6 +167,16 @@ def test_an_update_file_with_missing_or_wrong_metadata_is_refused(
         lambda file: (file.unlink(), file.mkdir()),
     ],
 )
+def test_a_truncated_or_missing_update_file_is_named(
+    damage: Callable[[Path], object], root: Root, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.safetensors"
+    write_update(file, update_of(root), root, INFO)
+    damage(file)
+    with pytest.raises(UserError, match=f"{file} is damaged or no safetensors file"):
+        read_update(file, root)
+
+
 @pytest.mark.parametrize("stated", [{"epsilon": 0}, {"epsilon": -1.0}, {"delta": 1}, {"delta": 0.0}, {"noise": "much"}])
 def test_a_privacy_that_is_none_is_refused(stated: dict[str, Any], root: Root, tmp_path: Path) -> None:
     info = dataclasses.replace(INFO, mechanism={**INFO.mechanism, **stated})
@@ -188,16 +198,6 @@ def test_an_update_larger_than_its_mechanism_allows_is_refused(root: Root, tmp_p
                 UserError, match=r"states an update_norm .* what it states of its privacy does not hold"
             ):
                 read_update(tmp_path / "a.safetensors", root)
-
-
-def test_a_truncated_or_missing_update_file_is_named(
-    damage: Callable[[Path], object], root: Root, tmp_path: Path
-) -> None:
-    file = tmp_path / "a.safetensors"
-    write_update(file, update_of(root), root, INFO)
-    damage(file)
-    with pytest.raises(UserError, match=f"{file} is damaged or no safetensors file"):
-        read_update(file, root)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
