@@ -362,6 +362,12 @@ class GradTransformerSettings(Section):
         PhiSettings(pretrained="google/flan-t5-large"), description="none: no network, the linear path alone"
     )
     input_clip: float = Field(6.0, gt=0, description="standardised inputs are clipped to +- this (decision 7)")
+    input_rank: int = Field(
+        0,
+        ge=0,
+        description="principal components of the shadows' updates that inputs are projected to: noise of private "
+        "clients in all other directions is not read; 0: no projection, as in the paper",
+    )
     linear_rank: int = Field(
         0, ge=0, description="most principal components of the linear path; 0: no linear path, as in the paper"
     )
@@ -387,7 +393,7 @@ class GradTransformerSettings(Section):
         plain = {**training, "pool_max": 1, "behaviour": {**behaviour, "steps": 0}}
         if not plain.get("epochs", 1):
             del plain["epochs"]
-        return {**tree, "linear_rank": 0, "training": plain, "refinement": {}}
+        return {**tree, "linear_rank": 0, "input_rank": 0, "training": plain, "refinement": {}}
 
     @model_validator(mode="after")
     def _check(self) -> GradTransformerSettings:

@@ -42,11 +42,13 @@ class Shadows:
 
     Attributes:
         inputs: all training shadows of the TinyLM, those without an LLM update among them; T is empty.
+        root_P: the standardised update that is none.
     """
 
     training: ShadowSet
     validation: ShadowSet
     inputs: ShadowSet
+    root_P: Tensor
 
     @cached_property
     def classifier(self) -> DomainClassifier:
@@ -57,7 +59,7 @@ class Shadows:
             found = [classifier(z_P, task) for z_P, task in zip(known.z_S_KP, known.tasks, strict=True)]
             return sum(a != b for a, b in zip(found, known.domains, strict=True)), classifier.penalty
 
-        return min((DomainClassifier(self.inputs, penalty) for penalty in LAMBDAS), key=errors)
+        return min((DomainClassifier(self.inputs, penalty, self.root_P) for penalty in LAMBDAS), key=errors)
 
     @cached_property
     def ridge(self) -> Ridge:
@@ -96,12 +98,15 @@ class Ridge:
 class DomainClassifier:
     """Linear discriminant analysis: the domain whose mean S update is nearest, in units of how domains vary within.
 
+    The mean may be made shorter or longer, for noise makes the signal in an update of AdamW smaller.
+
     Args:
         penalty: what is added to the variance of every direction, in percent of the mean variance of those that vary.
+        root_P: the standardised update that is none, from which lengths are measured.
     """
 
-    def __init__(self, shadows: ShadowSet, penalty: float) -> None:
-        self.penalty = penalty
+    def __init__(self, shadows: ShadowSet, penalty: float, root_P: Tensor) -> None:
+        self.penalty, self.root_P = penalty, root_P
         self.means = {
             task: {domain: shadows.z_S_KP[ks].mean(0) for domain, ks in shadows.by_domain(task).items()}
             for task in dict.fromkeys(shadows.tasks)
@@ -121,10 +126,18 @@ class DomainClassifier:
         """The most likely domain of a client of a task, or of any where no shadow has the task."""
         known = self.means.get(task) or {name: mean for one in self.means.values() for name, mean in one.items()}
 
-        def distance(mean_P: Tensor) -> float:
-            away_P = z_S_P - mean_P
-            return float(away_P.square().sum() / self.rest + (self.weight_R * (self.directions_RP @ away_P) ** 2).sum())
+        def product(a_P: Tensor, b_P: Tensor) -> float:
+            in_R = (self.directions_RP @ a_P) * (self.directions_RP @ b_P)
+            return float((a_P @ b_P) / self.rest + (self.weight_R * in_R).sum())
 
+        def distance(mean_P: Tensor) -> float:
+            length = max(0.0, product(away_P, mean_P - self.root_P)) / product(
+                mean_P - self.root_P, mean_P - self.root_P
+            )
+            rest_P = away_P - length * (mean_P - self.root_P)
+            return product(rest_P, rest_P)
+
+        away_P = z_S_P - self.root_P
         return min(known, key=lambda domain: distance(known[domain]))
 
 

@@ -110,6 +110,7 @@ class GradTransformer(nn.Module):
         linear_rank: R of the linear path; 0: none, as in the paper.
         shadows: how many training and validation shadows `certainty` knows.
         chunk: coordinates of a token (chunks.py); none: a token is a block, as in the paper.
+        input_rank: principal components that inputs are projected to; 0: no projection, as in the paper.
 
     Attributes:
         roots: hashes of the TinyLM and the LLM root whose updates it reads and generates.
@@ -125,11 +126,12 @@ class GradTransformer(nn.Module):
         linear_rank: int = 0,
         shadows: tuple[int, int] = (0, 0),
         chunk: int | None = None,
+        input_rank: int = 0,
     ) -> None:
         super().__init__()
         self.layout_S, self.layout_T, self.roots, self.input_clip = layout_S, layout_T, roots, input_clip
         self.chunk = chunk
-        self.standard_S = Standardiser(layout_S.L, layout_S.d)
+        self.standard_S = Standardiser(layout_S.L, layout_S.d, input_rank)
         self.standard_T = Standardiser(layout_T.L, layout_T.d)
         self.phi = phi
         if phi is not None:
@@ -255,6 +257,7 @@ class GradTransformer(nn.Module):
             "linear_rank": self.linear.rank if self.linear else 0,
             "shadows": [len(self.certainty.known_KP), len(self.certainty.error_V)] if self.certainty else [0, 0],
             "chunk": self.chunk,
+            "input_rank": self.standard_S.rank,
             "phi": self.phi.config.to_diff_dict() if self.phi else None,
         }
 
@@ -272,6 +275,7 @@ class GradTransformer(nn.Module):
             config.get("linear_rank", 0),
             tuple(config.get("shadows", (0, 0))),
             config.get("chunk"),
+            config.get("input_rank", 0),
         )
 
     @classmethod

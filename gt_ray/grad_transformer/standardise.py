@@ -11,15 +11,26 @@ from gt_ray.updates.layout import Layout
 
 
 class Standardiser(nn.Module):
-    """z = (update - mean) / scale, for arrays [..., L, d]; kept in the checkpoint as buffers."""
+    """z = (update - mean) / scale, for arrays [..., L, d]; kept in the checkpoint as buffers.
+
+    With a rank, z is projected to so many principal components of the training updates: what differs between these is
+    all that can be read of an update, and noise in all other directions, which private clients add, is not seen.
+
+    Args:
+        rank: R; 0: no projection.
+    """
 
     mean: Tensor
     scale: Tensor
+    directions_RP: Tensor
 
-    def __init__(self, L: int, d: int) -> None:
+    def __init__(self, L: int, d: int, rank: int = 0) -> None:
         super().__init__()
+        self.rank = rank
         self.register_buffer("mean", torch.zeros(L, d))
         self.register_buffer("scale", torch.ones(L, d))
+        if rank:
+            self.register_buffer("directions_RP", torch.zeros(rank, L * d))
 
     def fit(self, updates: Iterable[Tensor], layout: Layout, floor: float) -> None:
         """Set mean and scale from training updates, given one [N, L, d] chunk at a time.
@@ -46,9 +57,17 @@ class Standardiser(nn.Module):
         self.mean.copy_(mean.float())
         self.scale.copy_(scale.float())
 
+    def fit_directions(self, updates_KLd: Tensor) -> None:
+        """Set the directions from training updates, after `fit`."""
+        z_KP = ((updates_KLd - self.mean) / self.scale).flatten(1)
+        self.directions_RP.copy_(torch.linalg.svd(z_KP, full_matrices=False).Vh[: self.rank])
+
     def forward(self, update: Tensor) -> Tensor:
         """Update to z."""
-        return (update - self.mean) / self.scale
+        z: Tensor = (update - self.mean) / self.scale
+        if self.rank:
+            z = ((z.flatten(-2) @ self.directions_RP.T) @ self.directions_RP).view_as(z)
+        return z
 
     def inverse(self, z: Tensor) -> Tensor:
         """z to update."""

@@ -162,4 +162,5 @@ def load_shadows(study: Study, model: GradTransformer) -> Shadows:
     training = [i for i, shadow in enumerate(study.shadows) if not shadow.validation]
     pairs = [i for i in training if not study.shadows[i].tinylm_only]
     validation = [i for i, shadow in enumerate(study.shadows) if shadow.validation]
-    return Shadows(of(pairs, True), of(validation, True), of(training, False))
+    root_P = model.standard_S(torch.zeros_like(model.standard_S.mean)).flatten()
+    return Shadows(of(pairs, True), of(validation, True), of(training, False), root_P)

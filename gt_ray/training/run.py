@@ -180,8 +180,13 @@ def _initial_model(
     inputs = load_inputs([row["S"] for row in input_keys(study)], study.store)
     validation_S = load_inputs([row["S"] for row in keys[True]], study.store)
     shadows = len(inputs), len(validation_S)
-    model = GradTransformer(layout_S, layout_T, phi, roots, settings.input_clip, rank, shadows, settings.chunk)
+    input_rank = min(settings.input_rank, len(inputs))
+    model = GradTransformer(
+        layout_S, layout_T, phi, roots, settings.input_clip, rank, shadows, settings.chunk, input_rank
+    )
     model.standard_S.fit(side_chunks(study.store, keys[False], "S"), layout_S, settings.scale_floor)
+    if input_rank:
+        model.standard_S.fit_directions(inputs)
     model.standard_T.fit(side_chunks(study.store, keys[False], "T"), layout_T, settings.scale_floor)
     if model.linear is not None:
         model.fit_linear(*(last_updates(study.store, keys[held_out]) for held_out in (False, True)))

@@ -24,7 +24,8 @@ def shadow_set(K: int, seed: int, noise: float = 0.1) -> ShadowSet:
     return ShadowSet(T_KQ.view(K, L_T, D_T), 2 * S_KLd.flatten(1), TASKS[:K], DOMAINS[:K])
 
 
-SHADOWS = Shadows(shadow_set(8, seed=0), shadow_set(5, seed=1), shadow_set(8, seed=0))
+ROOT_P = torch.zeros(L_S * D_S)
+SHADOWS = Shadows(shadow_set(8, seed=0), shadow_set(5, seed=1), shadow_set(8, seed=0), ROOT_P)
 CLIENT_P = torch.randn(L_S * D_S, generator=torch.Generator().manual_seed(2))
 
 
@@ -103,14 +104,14 @@ def test_ridge_takes_the_penalty_that_predicts_the_validation_shadows_best() -> 
 
 def test_ridge_finds_a_linear_map_and_shrinks_to_the_mean_where_there_is_none() -> None:
     exact = shadow_set(8, seed=0, noise=0.0)
-    linear = Shadows(exact, shadow_set(5, seed=1, noise=0.0), exact)
+    linear = Shadows(exact, shadow_set(5, seed=1, noise=0.0), exact, ROOT_P)
     assert linear.ridge.penalty == min(LAMBDAS)
     torch.testing.assert_close(linear.ridge(exact.z_S_KP), exact.T_KLd.flatten(1), rtol=1e-2, atol=1e-2)
     generator = torch.Generator().manual_seed(3)
     unrelated = [shadow_set(K, seed=K) for K in (8, 5)]
     for shadows in unrelated:
         shadows.z_S_KP = torch.randn(shadows.z_S_KP.shape, generator=generator)
-    assert Shadows(*unrelated, unrelated[0]).ridge.penalty > 1
+    assert Shadows(*unrelated, unrelated[0], ROOT_P).ridge.penalty > 1
 
 
 def test_equal_or_single_shadows_predict_their_mean() -> None:
@@ -141,7 +142,8 @@ def noisy_domains(K: int, seed: int) -> ShadowSet:
 
 def test_the_classifier_is_linear_discriminant_analysis() -> None:
     shadows, new = noisy_domains(60, 0), noisy_domains(40, 1)
-    classifier = DomainClassifier(shadows, penalty=1.0)
+    root_P = torch.tensor([0.0, 0, 0, -30, 0])
+    classifier = DomainClassifier(shadows, 1.0, root_P)
     means = {
         domain: shadows.z_S_KP[[k for k in range(60) if shadows.domains[k] == domain]].double().mean(0)
         for domain in ("north", "south")
@@ -152,8 +154,12 @@ def test_the_classifier_is_linear_discriminant_analysis() -> None:
     precision = torch.linalg.inv(within + 0.01 * within.diagonal().mean() * torch.eye(5))
     right = 0
     for z_P, domain in zip(new.z_S_KP, new.domains, strict=True):
-        away = {name: z_P.double() - mean for name, mean in means.items()}
-        expected = min(away, key=lambda name: float(away[name] @ precision @ away[name]))
+        away_P, errors = (z_P - root_P).double(), {}
+        for name, mean in means.items():
+            lengths = [n / 1000 for n in range(4000)]
+            rests = [away_P - length * (mean - root_P) for length in lengths]
+            errors[name] = min(float(rest @ precision @ rest) for rest in rests)
+        expected = min(errors, key=errors.__getitem__)
         assert classifier(z_P, "drop") == expected
         right += expected == domain
     assert right > 35
@@ -161,7 +167,7 @@ def test_the_classifier_is_linear_discriminant_analysis() -> None:
 
 def test_domain_classifier_takes_the_mean_of_the_domain_that_it_names() -> None:
     training, validation = noisy_domains(60, 0), noisy_domains(40, 1)
-    shadows = Shadows(training, validation, training)
+    shadows = Shadows(training, validation, training, torch.tensor([0.0, 0, 0, -30, 0]))
     client_P = torch.tensor([1.0, 20.0, 0, 0, 0])  # of north, though nearer to any shadow with as large a second number
     found = CONTROLS["domain_classifier"](shadows, client_P, "drop")
     torch.testing.assert_close(found, training.T_KLd[::2].mean(0))
