@@ -36,3 +36,18 @@ def test_zero_is_the_mean_update() -> None:
     standard = Standardiser(LAYOUT.L, LAYOUT.d)
     standard.fit([updates], LAYOUT, floor=0.1)
     assert torch.allclose(standard.inverse(torch.zeros(LAYOUT.L, LAYOUT.d)), standard.mean)
+
+
+def test_inputs_are_projected_to_what_differs_between_the_shadows() -> None:
+    generator = torch.Generator().manual_seed(4)
+    parts = torch.randn(2, LAYOUT.L, LAYOUT.d, generator=generator)
+    updates = torch.einsum("kr,rld->kld", torch.randn(9, 2, generator=generator), parts) + 1
+    standard = Standardiser(LAYOUT.L, LAYOUT.d, rank=2)
+    standard.fit([updates], LAYOUT, floor=0.0)
+    standard.fit_directions(updates)
+    plain = (updates - standard.mean) / standard.scale
+    torch.testing.assert_close(standard(updates), plain, rtol=1e-3, atol=1e-4)  # nothing of the shadows is lost
+    noise = torch.randn(500, LAYOUT.L, LAYOUT.d, generator=generator)
+    read = standard(updates[:1] + standard.scale * noise) - standard(updates[:1])
+    share = float(read.square().sum() / noise.square().sum())
+    assert abs(share - 2 / (LAYOUT.L * LAYOUT.d)) < 0.02
