@@ -28,8 +28,8 @@ LEAST_LOSS = 1e-6
 PRIOR_MODELS = 32
 """Models' worth of weight that the variance over all rows has beside a row's own."""
 RESAMPLES = 1000
-CHOICE = 0.999
-"""Confidence of the bounds by which a rule is chosen: the best of thousands of rules at 95 % is a lucky one."""
+CHOICE = 0.9999
+"""Confidence of the bounds by which a rule is chosen: the best of thousands of rules at 95 % is luck, of few claims."""
 THRESHOLDS = 48
 """Thresholds that are tried on each side of the median."""
 LOW_RATE = 0.01

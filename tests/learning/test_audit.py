@@ -126,13 +126,15 @@ def test_who_leaks_everything_is_found_out_and_who_leaks_nothing_is_not_accused(
         assert np.median(bounds) == 0 and np.mean(bounds) < 0.05 and min(bounds) >= 0
 
 
-@pytest.mark.parametrize("noise, common", [(0.5, 0.0), (1.0, 0.0), (2.0, 0.0), (1.0, 2.0)])
-def test_bounds_are_not_above_the_epsilon_of_the_gaussian_mechanism(noise: float, common: float) -> None:
+@pytest.mark.parametrize("noise, common, least", [(0.5, 0.0, 0.2), (1.0, 0.0, 0.2), (2.0, 0.0, 0.05), (1.0, 2.0, 0.0)])
+def test_bounds_are_not_above_the_epsilon_of_the_gaussian_mechanism(noise: float, common: float, least: float) -> None:
+    """Nor are they empty: on average they reach this share of it. Normal distributions cross it far out alone, where
+    hardly a row is, the more so the smaller it is."""
     true = gaussian_epsilon(noise, DELTA)
-    found = [gaussian(seed, noise, R=256, common=common) for seed in range(40)]
+    found = [gaussian(seed, noise, R=128, common=common) for seed in range(40)]
     for bounds in ([one.guesses.epsilon for one in found], [one.rates.epsilon for one in found]):
         assert sum(bound > true for bound in bounds) <= 2  # 5 % of 40
-        assert common or np.mean(bounds) > 0.15 * true
+        assert np.mean(bounds) >= least * true
 
 
 def test_four_models_are_enough_to_run() -> None:
