@@ -14,6 +14,7 @@ from gt_ray import cli
 from gt_ray.cli_audit import _print
 from gt_ray.config import Config, DpSgdSettings, load_config
 from gt_ray.errors import UserError
+from gt_ray.studies import audit as module
 from gt_ray.studies.audit import AuditPlan, _canary, _study, run_audit
 from gt_ray.tasks import TASKS
 from gt_ray.tasks.embedded import rows
@@ -138,3 +139,15 @@ def test_bad_input_says_what_would_work(
     with pytest.raises(SystemExit) as stop:
         cli.main(["audit", *arguments, f"runs={tmp_path / 'runs'}", f"store={tmp_path / 'store'}"])
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_json_is_the_report_for_the_options_that_were_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[Config, AuditPlan]] = []
+    monkeypatch.setattr(module, "run_audit", lambda config, plan: seen.append((config, plan)) or {"task": plan.task})
+    options = ["--models", "8", "--rows", "64", "--canaries", "0", "--epsilon", "1", "--epsilon", "0.5", "--json"]
+    assert cli.run(lambda: cli.app(["audit", "--task", "drop", *options, "seed=3"])) == 0
+    assert json.loads(capsys.readouterr().out) == {"task": "drop"}
+    ((config, plan),) = seen
+    assert plan == AuditPlan("drop", 8, 64, 0.0, (1.0, 0.5)) and config.seed == 3
