@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from gt_ray import progress
+from gt_ray.cli_audit import audit
 from gt_ray.cli_serving import client_app, tokens_app
 from gt_ray.config import Config, load_config, preset_names
 from gt_ray.errors import UserError
@@ -205,6 +206,8 @@ def bounds(
     configs = [_config(one, overrides, quiet or as_json) for one in preset or ["embedded"]]
     show_bounds(configs, rows, loss_bound, as_json)
 
+
+app.command(epilog="Example: `gt-ray audit --preset embedded --task drop --epsilon 1 --epsilon 4`")(audit)
 
 store_app = typer.Typer(no_args_is_help=True, help="Look after an update store: a folder, `s3://...` or `gs://...`.")
 app.add_typer(store_app, name="store", epilog="Example: `gt-ray store stat store`")

@@ -18,6 +18,8 @@ from gt_ray.updates.store import unit_key
 Side = Literal["tinylm", "llm"]
 SIDES: tuple[Side, Side] = ("tinylm", "llm")
 HELD_OUT = "public-validation"
+AUDITED = "audited"
+"""Split of the rows of a privacy audit."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,19 @@ def public_job(config: Config, data: TaskData, root: Root, side: Side, task: str
     seed = config.curation.seed + config.seed * 1_000_003 + 900_000
     content = {"public": fingerprint(task, data.rows(task, "public-train", rows.positions)), "seed": seed}
     return _job(config, data, root, side, f"public {task}", rows, seed, [0], content)
+
+
+def audit_job(
+    config: Config, data: TaskData, root: Root, task: str, number: int, positions: list[int], mechanism: Mechanism
+) -> FineTuneJob:
+    """The TinyLM's fine-tune number so-and-so of a privacy audit, on these rows of the pool (task, "audited").
+
+    Its seed, of which a simulated mechanism takes its noise, is its own: audits count on independent models.
+    """
+    seed = config.clients.seed + config.seed * 1_000_003 + 700_000 + number
+    content = {"audit": fingerprint(task, data.rows(task, AUDITED, positions)), "seed": seed}
+    rows = _Rows(task, "", AUDITED, positions)
+    return _job(config, data, root, "tinylm", f"audit model {number}", rows, seed, [0], content, mechanism=mechanism)
 
 
 @dataclass(frozen=True)

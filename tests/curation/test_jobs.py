@@ -8,9 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from gt_ray.config import Config
-from gt_ray.curation.jobs import SIDES, FineTuneJob, Side, client_job, model_settings, public_job, shadow_job
+from gt_ray.config import Config, DpSgdSettings, Mechanism
+from gt_ray.curation.jobs import (
+    SIDES,
+    FineTuneJob,
+    Side,
+    audit_job,
+    client_job,
+    model_settings,
+    public_job,
+    shadow_job,
+)
 from gt_ray.curation.plan import plan_shadows
+from gt_ray.errors import UserError
 from gt_ray.pairs.root import Root, make_root
 from gt_ray.tasks.data import TaskData, load_data
 from gt_ray.updates.store import unit_key
@@ -187,3 +197,19 @@ def test_how_several_groups_are_cut_into_blocks_is_part_of_the_key(study: Study,
     assert "layout" not in study.shadow("tinylm").made_by
     several = Study(tiny_pair, "pair.tinylm.lora.target_modules=[q_proj, up_proj]").shadow("tinylm")
     assert '"model.layers.0.mlp"' in str(several.made_by["layout"])
+
+
+def test_audited_models_have_seeds_of_their_own_and_keys_of_their_rows_and_mechanism(study: Study) -> None:
+    data = TaskData({**study.data.pools, ("gsm8k", "audited"): study.data.pools["gsm8k", "public-train"][:20]})
+
+    def job(number: int, positions: list[int], mechanism: Mechanism = "sft") -> FineTuneJob:
+        root = study.roots["tinylm"]
+        return audit_job(study.config, data, root, "gsm8k", number, positions, mechanism)
+
+    private = DpSgdSettings(epsilon=4, steps=1)
+    jobs = [job(0, [0, 1, 2, 3]), job(1, [0, 1, 2, 3]), job(0, [0, 1, 2, 4]), job(0, [0, 1, 2, 3], private)]
+    assert len({one.key for one in jobs}) == 4 and jobs[0].seed == jobs[2].seed == jobs[3].seed != jobs[1].seed
+    assert {(one.side, one.split, one.name) for one in jobs[2:]} == {("tinylm", "audited", "audit model 0")}
+    assert job(0, [0, 1, 2, 3]).key == jobs[0].key and jobs[3].steps == 1
+    with pytest.raises(UserError, match=r"audit model 0: dp_sgd draws batches of 4 rows.*at most 3"):
+        job(0, [0, 1, 2], private)
