@@ -180,7 +180,7 @@ class Engine:
             batch = [_longest(sets, settings)]
             with self.losses.short_cuts(), stacked(self.model, self.root, G=1):
                 try:
-                    self._measured = tokens, training_bytes(lambda: self._backward(batch, 1), self.losses.device)
+                    self._measured = tokens, training_bytes(lambda: self._backward(batch, 1), *self.losses.devices)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -284,10 +284,11 @@ class Engine:
 def clip_per_adapter(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> None:
     """Clip the gradient of each adapter (the first dimension of every parameter) to `max_norm`."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm_G = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
-    factor_G = (max_norm / (norm_G + 1e-6)).clamp(max=1.0)
+    device = gradients[0].device
+    norm_G = torch.stack([gradient.flatten(1).norm(dim=1).to(device) for gradient in gradients]).norm(dim=0)
+    factor = _PerAdapter((max_norm / (norm_G + 1e-6)).clamp(max=1.0))
     for gradient in gradients:
-        gradient.mul_(factor_G.view(-1, *[1] * (gradient.dim() - 1)))
+        gradient.mul_(factor.beside(gradient))
 
 
 @torch.no_grad()
@@ -295,9 +296,22 @@ def _step(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parame
     """One optimizer step, each adapter at its share of the learning rate: the change of AdamW is linear in the rate."""
     before = [parameter.clone() for parameter in parameters]
     optimizer.step()
-    factor_G = torch.tensor(factors, device=parameters[0].device)
+    factor = _PerAdapter(torch.tensor(factors))
     for parameter, old in zip(parameters, before, strict=True):
-        parameter.copy_(torch.lerp(old, parameter, factor_G.view(-1, *[1] * (parameter.dim() - 1))))
+        parameter.copy_(torch.lerp(old, parameter, factor.beside(parameter)))
+
+
+class _PerAdapter:
+    """A number for each adapter [G], on each device that it is wanted on."""
+
+    def __init__(self, value_G: Tensor) -> None:
+        self._on = {value_G.device: value_G}
+
+    def beside(self, tensor: Tensor) -> Tensor:
+        """On the device of a tensor [G, ...], with as many dimensions."""
+        if tensor.device not in self._on:
+            self._on[tensor.device] = next(iter(self._on.values())).to(tensor.device)
+        return self._on[tensor.device].view(-1, *[1] * (tensor.dim() - 1))
 
 
 def _order(n: int, seed: int) -> Iterator[int]:
