@@ -77,8 +77,10 @@ def test_models_of_different_vocabularies_are_refused(
 
 
 def test_there_are_no_more_actors_than_the_cluster_has_room_for(study: Study) -> None:
-    assert _room(study, {"CPU": 3, "GPU": 0}) == (0, 3)
+    assert _room(study, [{"CPU": 3}]) == (0, 3)
     half = changed(study, "pair.llm.num_gpus=0.5")
-    assert _room(half, {"CPU": 3, "GPU": 2}) == (0.5, 4)
+    assert _room(half, [{"CPU": 3, "GPU": 2}]) == (0.5, 4)
+    two = changed(study, "pair.llm.num_gpus=2")
     with pytest.raises(UserError, match="num_gpus"):
-        _room(changed(study, "pair.llm.num_gpus=2"), {"CPU": 3, "GPU": 1})
+        _room(two, [{"CPU": 3, "GPU": 1}, {"CPU": 3, "GPU": 1}])
+    assert _room(two, [{"GPU": 3}, {"GPU": 3}]) == (2, 2)
