@@ -130,14 +130,14 @@ def export(checkpoint: Path, starts: Sequence[Path], pair: int, out: Path) -> No
     model.pairs[pair].save(out)
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a phase has ended with this model; a damaged one is made again."""
+def is_finished(folder: Path, trained_by: str | None = None) -> bool:
+    """Whether a phase, or the training of a key, has ended with this model; a damaged one is made again."""
     try:
-        json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         GradTransformer.load(folder)
     except (OSError, ValueError):  # UserError is a ValueError
         return False
-    return True
+    return trained_by is None or state.get("trained_by") == trained_by
 
 
 def _set_buffers(pair: GradTransformer, checkpoint: Path, number: int) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.grad_transformer.phi import make_phi
-from gt_ray.training.checkpoint import export, restore, save
+from gt_ray.training.checkpoint import STATE, export, is_finished, restore, save
 from gt_ray.training.shards import ShardFiles, average, save_shards
 from gt_ray.training.strategies import Strategy
 from gt_ray.training.worker import Task, averaged, begin, rates
@@ -85,3 +85,14 @@ def test_a_checkpoint_that_lacks_a_shard_is_not_restored_in_part(task: Task, tmp
         pytest.raises(ValueError, match="1 of the coordinates"),
     ):
         files.read(last.name, 0, last.weight.numel() + 1)
+
+
+def test_a_model_is_finished_that_can_be_read_and_has_the_key(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert not is_finished(out)
+    GradTransformer(LAYOUT_S, LAYOUT_T, make_phi(PHI), {}).save(out)
+    assert not is_finished(out)
+    (out / STATE).write_text('{"trained_by": "key"}')
+    assert is_finished(out) and is_finished(out, "key") and not is_finished(out, "other")
+    (out / "model.safetensors").write_bytes(b"damaged")
+    assert not is_finished(out) and not is_finished(out, "key")
