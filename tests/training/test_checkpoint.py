@@ -10,7 +10,7 @@ import torch
 
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.grad_transformer.phi import make_phi
-from gt_ray.training.checkpoint import STATE, export, is_finished, restore, save
+from gt_ray.training.checkpoint import STATE, is_finished, restore, save, whole_models
 from gt_ray.training.shards import ShardFiles, average, save_shards
 from gt_ray.training.strategies import Strategy
 from gt_ray.training.worker import Task, averaged, begin, rates
@@ -68,8 +68,9 @@ def test_a_restored_training_goes_on_exactly_and_every_pair_is_exported(task: Ta
         assert torch.allclose(straight.model.pairs[0].start, slow, atol=1e-6)
     assert torch.equal(straight.model.pairs[0].start, seen[-1])
     with averaged(interrupted):
-        for i, own in enumerate(interrupted.model.pairs):
-            export(folder, [Path(start) for start in task.starts], i, tmp_path / f"out-{i}")
+        models = whole_models(folder, [Path(start) for start in task.starts])
+        for i, (own, model) in enumerate(zip(interrupted.model.pairs, models, strict=True)):
+            model.save(tmp_path / f"out-{i}")
             kept = GradTransformer.load(tmp_path / f"out-{i}")
             assert kept.roots == own.roots
             assert all(torch.equal(tensor, kept.state_dict()[name]) for name, tensor in own.state_dict().items())

@@ -15,7 +15,7 @@ from gt_ray.config import TrainingSettings
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.grad_transformer.phi import make_phi
 from gt_ray.grad_transformer.several import SeveralPairs
-from gt_ray.training.checkpoint import export, restore, save
+from gt_ray.training.checkpoint import restore, save, whole_models
 from gt_ray.training.shards import average
 from gt_ray.training.sizes import shards
 from gt_ray.training.strategies import Strategy
@@ -151,7 +151,7 @@ def test_all_strategies_have_the_same_losses_and_go_on_from_one_anothers_checkpo
     assert torch.allclose(losses[STEPS // 2 :], found["ddp-rest"][0], rtol=1e-4, atol=0)
     # Exported, each is the model that its workers had, with the averages of the behaviour phase.
     for name in ("ddp-behaviour", "zero2-behaviour", "zero3-behaviour", "zero3-tuples"):
-        export(tmp_path / name, [tmp_path / "start"], 0, tmp_path / f"out-{name}")
+        whole_models(tmp_path / name, [tmp_path / "start"])[0].save(tmp_path / f"out-{name}")
         exported = GradTransformer.load(tmp_path / f"out-{name}")
         with torch.no_grad():
             said = exported(torch.ones(1, LAYOUT_S.L, LAYOUT_S.d))
