@@ -20,10 +20,9 @@ from torch import nn
 
 from gt_ray.config import Config, GradTransformerSettings
 from gt_ray.curation.plan import validation_every
-from gt_ray.errors import UserError
 from gt_ray.grad_transformer.network import GradTransformer
-from gt_ray.grad_transformer.phi import make_phi, phi_of
-from gt_ray.pairs.families import known_config, layout_of
+from gt_ray.grad_transformer.phi import phi_config, phi_of
+from gt_ray.pairs.families import layout_of
 from gt_ray.training.strategies import BUCKET
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
@@ -54,18 +53,9 @@ def build_shape(config: Config, layers: int | None = None) -> GradTransformer:
 
 
 def _phi(settings: GradTransformerSettings, layers: int | None) -> Any:
-    phi = settings.phi
-    if phi is None:
+    if settings.phi is None:
         return None
-    if phi.pretrained is None:
-        return make_phi(phi if layers is None else phi.model_copy(update={"layers": layers}))
-    if (config := known_config(phi.pretrained)) is None:
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(phi.pretrained)
-        except (OSError, ValueError) as error:
-            raise UserError(f"grad_transformer.phi.pretrained={phi.pretrained!r}: no config.json: {error}") from error
+    config = phi_config(settings.phi, by_name=True)
     if layers is not None:
         config.num_layers = config.num_decoder_layers = layers
     return phi_of(config)
