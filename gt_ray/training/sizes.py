@@ -27,7 +27,7 @@ from gt_ray.training.strategies import BUCKET
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
-FLOAT32 = 4
+FLOAT32, BFLOAT16 = 4, 2
 MOMENTS = 2
 LIVE = 1_000_000_000
 """Most weights that ZeRO-3 holds gathered at a time."""
@@ -110,23 +110,32 @@ def held(P: int, buffers: int, n: int, strategy: Strategy, bf16: bool, average: 
         copies = {"weights": 1, "gradients": 1, "gradient buckets": int(n > 1), "moments": MOMENTS}
         items = {name: FLOAT32 * P * copy for name, copy in copies.items()}
         return Held({**items, "moving average": FLOAT32 * P * average, "buffers": buffers}, 0)
-    width, part = 2 if bf16 else FLOAT32, math.ceil(P / n)
+    part = math.ceil(P / n)
     state = {
         # zero3 updates its part of the weights itself, where that is on the GPU.
         "master weights": FLOAT32 * part * (strategy != "zero3" or offload),
         "moments": MOMENTS * FLOAT32 * part,
         "moving average": FLOAT32 * part * average,
     }
-    gathered = min(P, LIVE) if strategy == "zero3" else 0
     items = {
         "weights": FLOAT32 * (part if strategy == "zero3" else P),
         "gradients": FLOAT32 * (P if strategy == "zero1" else part),
-        # Gradients go through two float32 buckets, or through one of each type.
-        "buckets": min(P, BUCKET) * (2 * FLOAT32 if strategy != "zero3" else FLOAT32 + width % FLOAT32)
-        + width * gathered,
+        "buckets": _buckets(P, strategy, bf16),
         "buffers": buffers,
     }
     return Held(items, sum(state.values())) if offload else Held(items | state, 0)
+
+
+def _buckets(P: int, strategy: Strategy, bf16: bool) -> int:
+    """Bytes of the buckets that gradients go through, and with zero3 of the weights that are gathered at a time.
+
+    zero1 and zero2 have two float32 buckets, zero3 one of each type that gradients have.
+    """
+    bucket = min(P, BUCKET)
+    if strategy != "zero3":
+        return 2 * FLOAT32 * bucket
+    buckets = (FLOAT32 + BFLOAT16 if bf16 else FLOAT32) * bucket
+    return buckets + (BFLOAT16 if bf16 else FLOAT32) * min(P, LIVE)
 
 
 def shards(model: nn.Module, n: int, strategy: Strategy) -> Iterator[list[tuple[str, int, int]]]:
