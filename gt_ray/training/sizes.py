@@ -12,7 +12,6 @@ P parameters on n GPUs; weights are float32, and bf16 comes by autocast:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -136,32 +135,3 @@ def _buckets(P: int, strategy: Strategy, bf16: bool) -> int:
         return 2 * FLOAT32 * bucket
     buckets = (FLOAT32 + BFLOAT16 if bf16 else FLOAT32) * bucket
     return buckets + (BFLOAT16 if bf16 else FLOAT32) * min(P, LIVE)
-
-
-def shards(model: nn.Module, n: int, strategy: Strategy) -> Iterator[list[tuple[str, int, int]]]:
-    """How the optimizer's state is shared out among n GPUs: for each (parameter, first, end) of its elements.
-
-    zero3 cuts every parameter into n equal pieces, zero1 and zero2 all of them one behind the other; what is missing to
-    n times as many is filled up. ddp shares out nothing.
-    """
-    if strategy in ("ddp", "zero3"):
-        for rank in range(n):
-            cut = []
-            for name, parameter in model.named_parameters():
-                size = parameter.numel()
-                piece = size if strategy == "ddp" else math.ceil(size / n)
-                first = 0 if strategy == "ddp" else min(rank * piece, size)
-                if first < (end := min(first + piece, size)):
-                    cut.append((name, first, end))
-            yield cut
-        return
-    named = [(name, parameter.numel()) for name, parameter in model.named_parameters()]
-    piece = math.ceil(sum(size for _, size in named) / n)
-    for rank in range(n):
-        low, high, offset, found = rank * piece, (rank + 1) * piece, 0, []
-        for name, size in named:
-            first, end = max(0, low - offset), min(size, high - offset)
-            if first < end:
-                found.append((name, first, end))
-            offset += size
-        yield found
