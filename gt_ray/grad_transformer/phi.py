@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from gt_ray.config import PhiSettings
 from gt_ray.errors import UserError
@@ -60,7 +61,15 @@ def phi_of(config: T5Config) -> T5Model:
     config.vocab_size = 1
     phi = T5Model(config)
     phi.shared = phi.encoder.embed_tokens = phi.decoder.embed_tokens = None
+    for name, module in phi.named_modules():
+        if name.endswith("relative_attention_bias"):
+            module.register_forward_hook(_heads_first)
     return phi
+
+
+def _heads_first(_: nn.Module, ids: object, bias_QKH: Tensor) -> Tensor:
+    """Laid out so that T5's permuted view [H, Q, K] is contiguous: memory-efficient attention takes no other bias."""
+    return bias_QKH.permute(2, 0, 1).contiguous().permute(1, 2, 0)
 
 
 def pretrained_name(name: str) -> str | None:

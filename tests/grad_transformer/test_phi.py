@@ -65,3 +65,33 @@ def test_names_of_phi_are_those_of_its_files() -> None:
         "encoder.block.0.layer.0.SelfAttention.q.weight"
     )
     assert pretrained_name("models.0.out.maps.0.weight") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_position_bias_is_contiguous_and_changes_nothing(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention, strides = torch.nn.functional.scaled_dot_product_attention, []
+
+    def seen(*args: torch.Tensor, attn_mask: torch.Tensor | None = None, **options: object) -> torch.Tensor:
+        strides.append(attn_mask.stride(-1) if attn_mask is not None else 1)
+        return attention(*args, attn_mask=attn_mask, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    phi = make_phi(PhiSettings(d_model=32, layers=2, heads=4, d_ff=48))
+    generator = torch.Generator().manual_seed(0)
+    inputs = {"inputs_embeds": torch.randn(3, 9, 32, generator=generator)}
+    inputs["decoder_inputs_embeds"] = torch.randn(3, 7, 32, generator=generator)
+    found = []
+    for contiguous in (True, False):
+        if not contiguous:
+            for module in phi.modules():
+                module._forward_hooks.clear()
+        strides.clear()
+        phi.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            said = phi(**inputs, use_cache=False).last_hidden_state
+        said.float().square().mean().backward()
+        assert all(stride == 1 for stride in strides) == contiguous
+        found.append([said, *(weight.grad for weight in phi.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
