@@ -52,8 +52,8 @@ class ModelNeeds:
         step_bytes: of an optimizer step of one adapter: activations of `batch_size` samples of typical length, and what
             it trains.
         update_shape: [L, d] of an update.
-        pieces: (parameters, bytes of weights and step) of each piece that stays on one GPU (pairs/devices.py); none:
-            the model cannot be spread over several.
+        pieces: bytes of weights and of the step of each piece that stays on one GPU (pairs/devices.py); none: the model
+            cannot be spread over several.
         layer_bytes: what a step holds of one layer at a time, whichever GPU it is on.
     """
 
@@ -69,12 +69,22 @@ class ModelNeeds:
         """The base model and one sample of one adapter at a time would do; one whole adapter is what one wants."""
         return self.weight_bytes + self.step_bytes
 
+    def parts(self, n: int) -> list[tuple[int, int]]:
+        """Bytes of weights and of the step on each of n GPUs."""
+        parts = [(0, self.layer_bytes)] * n
+        for device, (weights, step) in zip(split([size for size, _ in self.pieces], n), self.pieces, strict=True):
+            parts[device] = (parts[device][0] + weights, parts[device][1] + step)
+        return parts
+
     def part_bytes(self, n: int) -> int:
         """What the fullest of n GPUs holds."""
-        parts = [0] * n
-        for device, (_, size) in zip(split([count for count, _ in self.pieces], n), self.pieces, strict=True):
-            parts[device] += size
-        return max(parts) + self.layer_bytes
+        return max(weights + step for weights, step in self.parts(n))
+
+    def adapters(self, gpus: float, gpu_bytes: int) -> int:
+        """How many adapters' steps fit together, beside the model on so many GPUs; at least one."""
+        usable = (1 - RESERVE) * gpu_bytes
+        parts = self.parts(int(gpus)) if gpus > 1 else [(self.weight_bytes, self.step_bytes)]
+        return max(1, min(int((min(gpus, 1) * usable - weights) // step) for weights, step in parts))
 
     def gpu_share(self, gpu_bytes: int, settings: ModelSettings, node_gpus: int) -> float:
         """GPUs of one actor: a part of one for a small model, so that several actors share it; several for a large one.
@@ -129,9 +139,8 @@ def needs(settings: ModelSettings, config: PretrainedConfig | None = None) -> Mo
     trained = {name: TRAINED * math.prod(shape) for name, shape in shapes.items()}
     sizes = []
     for number, piece in enumerate(pieces(model)):
-        count = piece_parameters(model, piece)
         own = sum(size for name, size in trained.items() if name.startswith(tuple(f"{module}." for module in piece)))
-        sizes.append((count, item * count + own + (kept if 1 <= number <= layers else 0)))
+        sizes.append((item * piece_parameters(model, piece), own + (kept if 1 <= number <= layers else 0)))
     layout = Layout.of(shapes)
     step = layers * kept + again + sum(trained.values())
     return ModelNeeds(parameters, parameters * item, step, (layout.L, layout.d), tuple(sizes), again)
@@ -240,7 +249,6 @@ def plan_rows(config: Config, gpu_bytes: int, node_gpus: int) -> list[dict[str, 
         L, d = found.update_shape
         snapshots = len(config.curation.snapshot_steps)
         share = found.gpu_share(gpu_bytes, settings, node_gpus)
-        at_once = max(1, int(((1 - RESERVE) * share * gpu_bytes - found.weight_bytes) // found.step_bytes))
         rows.append(
             {
                 "model": settings.model,
@@ -248,7 +256,7 @@ def plan_rows(config: Config, gpu_bytes: int, node_gpus: int) -> list[dict[str, 
                 "weights": f"{decimal(found.weight_bytes)} in {settings.dtype}",
                 "an adapter's step": decimal(found.step_bytes),
                 "GPUs of a worker": f"{share:g} of {decimal(gpu_bytes)}",
-                "adapters in its memory": str(at_once),
+                "adapters in its memory": str(found.adapters(share, gpu_bytes)),
                 "an update": f"{L} blocks of {d}",
                 "units in the store": f"{units} of {snapshots} snapshots",
                 "size in the store": decimal(units * unit_bytes(found.update_shape, snapshots)),

@@ -81,11 +81,22 @@ def test_the_fullest_gpu_has_its_share_of_weights_and_activations_and_a_layer_th
     for checkpointing in (False, True):
         _, found = qwen("72B", gradient_checkpointing=checkpointing)
         assert found.part_bytes(1) == found.least_bytes
-        assert len(found.pieces) == 82 and sum(count for count, _ in found.pieces) == found.parameters
+        assert len(found.pieces) == 82 and sum(weights for weights, _ in found.pieces) == found.weight_bytes
         for n in (2, 4, 8):
             even = (found.least_bytes - found.layer_bytes) / n + found.layer_bytes
             # Layers are not cut, and the two ends weigh as much as a layer and a half each.
-            assert even <= found.part_bytes(n) < even + 1.5 * max(size for _, size in found.pieces)
+            assert even <= found.part_bytes(n) < even + 1.5 * max(map(sum, found.pieces))
+
+
+def test_as_many_adapters_as_the_fullest_gpu_has_room_for() -> None:
+    _, small = qwen("0.5B", gradient_checkpointing=True)
+    assert small.adapters(1, 80 * GB) == int((72 * GB - small.weight_bytes) // small.step_bytes) > 8
+    assert small.adapters(1 / 8, 80 * GB) == int((9 * GB - small.weight_bytes) // small.step_bytes)
+    _, large = qwen("72B", gradient_checkpointing=True)
+    n = large.adapters(4, 80 * GB)
+    weights, step = max(large.parts(4), key=sum)
+    assert weights + n * step <= 72 * GB < weights + (n + 1) * step
+    assert large.adapters(8, 24 * GB) == 1
 
 
 def test_a_model_larger_than_a_node_is_an_error_that_says_what_helps() -> None:
