@@ -82,8 +82,9 @@ def _stream(study: Study, jobs: Sequence[FineTuneJob], keys: set[str]) -> Iterat
         if not blocks:
             continue
         largest = len(blocks) if most == "auto" else min(most, len(blocks))
+        # A row is a block: on GPUs Ray Data wants a batch size, and would fill up batches of jobs from several blocks.
         tables = [
-            pa.table({"key": [job.key for job in block], "job": [json.dumps(job.as_row()) for job in block]})
+            pa.table({"key": [[job.key for job in block]], "job": [[json.dumps(job.as_row()) for job in block]]})
             for block in blocks
         ]
         dataset = ray.data.from_arrow(tables)
@@ -92,7 +93,7 @@ def _stream(study: Study, jobs: Sequence[FineTuneJob], keys: set[str]) -> Iterat
             dataset.map_batches(
                 FineTuner,
                 fn_constructor_args=({**shared, "num_gpus": num_gpus, "actors": largest},),
-                batch_size=None,
+                batch_size=1,
                 **({"num_gpus": num_gpus} if num_gpus else {"num_cpus": 1}),
                 compute=ray.data.ActorPoolStrategy(
                     min_size=1,

@@ -67,6 +67,7 @@ class FineTuner:
         Returns:
             Columns `key` and `error`, which is empty where the unit is in the store.
         """
+        block = {name: list(column[0]) for name, column in block.items()}  # a row is a block
         jobs = [json.loads(text) for text in block["job"]]
         errors = dict.fromkeys(block["key"], "")
         block_name = "start of " + jobs[0]["key"]
@@ -185,7 +186,7 @@ class FineTuner:
         what the fullest has left."""
         import torch
 
-        if self.devices != ["cpu"]:
+        if self.devices[0] != "cpu":
             share = min(1.0, self.shared["num_gpus"])
             rooms = []
             for device in map(torch.device, self.devices):
