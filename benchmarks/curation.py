@@ -57,7 +57,8 @@ def group_samples(config: Config, side: str, task: str) -> list[Any]:
 def engine_worker(pipe: Any, config: Config, side: str) -> None:
     """A process of one thread that trains one group on request and says how many adapters it held."""
     torch.set_num_threads(1)
-    from gt_ray.learning.engine import Engine, TrainingSet
+    from gt_ray.learning.engine import Engine
+    from gt_ray.learning.samples import TrainingSet
     from gt_ray.pairs.models import load_model
     from gt_ray.pairs.root import make_root
 
@@ -180,7 +181,8 @@ def step_operations(config: Config, side: str, samples: list[Any]) -> int:
     """Floating-point operations of the matrix products of one adapter's optimizer step."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from gt_ray.learning.engine import Engine, TrainingSet
+    from gt_ray.learning.engine import Engine
+    from gt_ray.learning.samples import TrainingSet
     from gt_ray.pairs.models import load_model
     from gt_ray.pairs.root import make_root
 

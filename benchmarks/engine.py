@@ -21,8 +21,8 @@ import torch
 import typer
 
 from gt_ray.config import FineTuneSettings, LoraSettings
-from gt_ray.learning.engine import Engine, FineTuned, TrainingSet
-from gt_ray.learning.samples import Sample
+from gt_ray.learning.engine import Engine, FineTuned
+from gt_ray.learning.samples import Sample, TrainingSet
 from gt_ray.pairs.root import Root, initial_adapter
 from gt_ray.training.meter import matrix_peak, seconds
 

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from gt_ray.config import EvaluationSettings
 from gt_ray.evaluation.scorer import System, TransformersScorer
-from gt_ray.learning.engine import Engine, FineTuned, TrainingSet
-from gt_ray.learning.samples import encode
+from gt_ray.learning.engine import Engine, FineTuned
+from gt_ray.learning.samples import TrainingSet, encode
 from gt_ray.pairs.models import load_model, load_tokenizer
 from gt_ray.progress import bar
 from gt_ray.serving.checkpoints import Checkpoint, load_checkpoint

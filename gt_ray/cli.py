@@ -185,6 +185,27 @@ def plan(
     show_plan(_config(preset, overrides, quiet or as_json), gpus, Rates(curation_rate, training_rate, tokens), as_json)
 
 
+@app.command(epilog="Example: `gt-ray bounds --preset embedded`")
+def bounds(
+    preset: Annotated[
+        list[str] | None,
+        typer.Option("--preset", "-p", help="Preset, or a run's config.yaml; repeat it to see runs side by side."),
+    ] = None,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(help="Rows of every shadow and client that losses are computed on.", min=1)] = 64,
+    loss_bound: Annotated[
+        float | None, typer.Option(help="Cut losses off at so many nats: then sigma is a guarantee.", min=1e-6)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """The bounds of section 5, as stated and as corrected, beside the gaps that a finished run has; `bounds.json`."""
+    from gt_ray.cli_bounds import show_bounds
+
+    configs = [_config(one, overrides, quiet or as_json) for one in preset or ["embedded"]]
+    show_bounds(configs, rows, loss_bound, as_json)
+
+
 store_app = typer.Typer(no_args_is_help=True, help="Look after an update store: a folder, `s3://...` or `gs://...`.")
 app.add_typer(store_app, name="store", epilog="Example: `gt-ray store stat store`")
 app.add_typer(client_app, name="client", epilog="Example: `gt-ray client root http://127.0.0.1:8000`")

@@ -48,7 +48,7 @@ def root(
     fetch_root(url, folder, model, checkpoint)
 
 
-@client_app.command(epilog="Example: `gt-ray client finetune --data my.jsonl --task gsm8k`")
+@client_app.command(epilog="Example: `gt-ray client finetune --data my.jsonl --task gsm8k --epsilon 1`")
 def finetune(
     data: Annotated[Path, typer.Option(help="Private rows: JSON lines with the task's columns.")],
     task: Annotated[str, typer.Option(help="Task of the rows.")],
@@ -56,15 +56,29 @@ def finetune(
     folder: Folder = ROOT_FOLDER,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of those of the service.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="In place of the service's.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="In place of the service's; with --epsilon on average.")
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Differential privacy of every row, by DP-SGD (`pip install 'gt-ray[dp]'`).")
+    ] = None,
+    delta: Annotated[float, typer.Option(help="Of --epsilon.")] = 1e-5,
+    row_norm: Annotated[float, typer.Option(help="Of --epsilon: bound of the norm of a row's gradient.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Order of the rows.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; none: a GPU where there is one.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Fine-tune the TinyLM on private rows, as the service recommends, and write the update. Sends nothing."""
+    """Fine-tune the TinyLM on private rows, as the service recommends, and write the update. Sends nothing.
+
+    Stopped, it goes on where it was when it is called again. What fine-tunes on the same rows have spent of their
+    privacy is counted in the folder of the root.
+    """
     from gt_ray.serving.client import finetune as run
 
     progress.quiet(quiet)
-    changes: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate}
+    changes: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size}
+    if epsilon is not None:
+        changes["mechanism"] = {"name": "dp_sgd", "epsilon": epsilon, "delta": delta, "row_norm": row_norm}
     run(data, task, out, folder, seed, device, **{key: value for key, value in changes.items() if value is not None})
 
 

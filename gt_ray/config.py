@@ -32,6 +32,7 @@ from gt_ray.settings import (
     StopSettings,
     TrainingSettings,
     VllmSettings,
+    mechanism_label,
 )
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "config_of_model",
     "known_keys",
     "load_config",
+    "mechanism_label",
     "preset_names",
 ]
 
@@ -105,9 +107,20 @@ class Config(Section):
                         f"{place}.{name}.fine_tune.{key}={model.fine_tune.last_steps} is fewer than the {needed} steps "
                         f"that the snapshots (curation.snapshots, snapshot_spacing, recipe) reach back"
                     )
+        for place, mechanisms, least in (
+            ("curation.tinylm_mechanisms", self.curation.tinylm_mechanisms, needed),
+            ("clients.mechanisms", self.clients.mechanisms, 1),
+        ):
+            for mechanism in mechanisms:
+                if self.pair.tinylm.fine_tune.stop.when == "plateau" and mechanism != "sft":
+                    raise ValueError(f"{place} needs pair.tinylm.fine_tune.stop.when=steps")
+                if (steps := self.pair.tinylm.fine_tune.by(mechanism).last_steps) < least:
+                    raise ValueError(f"{place}: {steps} steps are fewer than the {least} that the snapshots reach back")
         domains = {"unseen_mixture", "unseen_composition"} & set(self.clients.populations)
         if domains and self.data.source != "embedded":
             raise ValueError(f"clients.populations={sorted(domains)} needs rows with domains (data.source=embedded)")
+        if self.clients.same_domain and self.data.source != "embedded":
+            raise ValueError("clients.same_domain=true needs rows with domains (data.source=embedded)")
         if "unseen_composition" in domains and not self.data.unseen_domains:
             raise ValueError("clients.populations=unseen_composition needs data.unseen_domains of 1 or more")
         return self

@@ -102,6 +102,14 @@ Mechanism = Annotated[
 ]
 
 
+def mechanism_label(mechanism: Mechanism) -> str:
+    """A mechanism in two words for tables: `sft`, `epsilon 4`, `noise 0.01`, `temperature 1e-05`."""
+    if isinstance(mechanism, str):
+        return mechanism
+    told = {"dp_sgd": "epsilon", "noisy_erm": "noise", "gibbs": "temperature"}[mechanism.name]
+    return f"{told} {getattr(mechanism, told):g}"
+
+
 class FineTuneSettings(Section):
     """How a model is fine-tuned on one data set; the defaults are Table 5."""
 
@@ -115,9 +123,31 @@ class FineTuneSettings(Section):
     mechanism: Mechanism = Field("sft", description="sft, or `{name: dp_sgd, epsilon: 1}`, noisy_erm, gibbs")
 
     @property
+    def mechanism_name(self) -> str:
+        """Name of the learning mechanism."""
+        return self.mechanism if isinstance(self.mechanism, str) else self.mechanism.name
+
+    def by(self, mechanism: Mechanism) -> FineTuneSettings:
+        """The same fine-tune by another mechanism, with what that has of its own."""
+        return FineTuneSettings.model_validate({**self.model_dump(), "mechanism": mechanism})
+
+    @property
     def last_steps(self) -> int:
         """Optimizer steps, counted from the end, of which snapshots can be kept."""
         return self.stop.decay_steps if self.stop.when == "plateau" else self.steps
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_mechanism(cls, tree: Any) -> Any:
+        """A mechanism's own steps, batch size and rate take the place of the fine-tune's."""
+        mechanism = tree.get("mechanism") if isinstance(tree, dict) else None
+        if isinstance(mechanism, MechanismSettings):
+            mechanism = mechanism.model_dump()
+        if not isinstance(mechanism, dict):
+            return tree
+        own = {key: mechanism[key] for key in MechanismSettings.model_fields if mechanism.get(key) is not None}
+        rest = {key: value for key, value in mechanism.items() if key not in MechanismSettings.model_fields}
+        return {**tree, **own, "mechanism": rest}
 
     @model_validator(mode="after")
     def _check(self) -> FineTuneSettings:
@@ -196,6 +226,11 @@ class CurationSettings(Section):
     tinylm_shadows: int = Field(
         0, ge=0, description="further shadows of the TinyLM alone, for training on behaviour, which needs no LLM update"
     )
+    tinylm_mechanisms: tuple[Mechanism, ...] = Field(
+        (),
+        description="learning mechanisms of the TinyLM's shadows, which take turns, so that they are like the clients; "
+        "none: pair.tinylm.fine_tune.mechanism",
+    )
     overlap: bool = Field(True, description="may two shadows share rows")
     seed: int = 0
     adapters_at_once: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
@@ -231,6 +266,15 @@ class BehaviourSettings(Section):
     adapters: int = Field(8, ge=1, description="updates generated for one step, over all training workers")
     rows: int = Field(8, ge=1, description="rows that each of them is tried on")
     mix: float = Field(0.5, ge=0, le=1, description="share of the inputs that are mixtures of two")
+    across: float = Field(
+        0.0, ge=0, le=1, description="share of the inputs that are means over tasks, for clients.joint=tasks"
+    )
+    noise: float = Field(
+        0.0,
+        ge=0,
+        description="largest share of Gaussian noise in half of the inputs, over that of the update, which becomes no "
+        "larger: for clients whose mechanism adds noise that the shadows' does not, or less of it",
+    )
     learning_rate: float = Field(1e-4, gt=0, description="of the network")
     linear_learning_rate: float = Field(3e-4, gt=0, description="of the linear path")
     teacher: float = Field(
@@ -364,10 +408,24 @@ class ClientSettings(Section):
         ("seen",), min_length=1, description="kinds of clients (`gt_ray.tasks.populations`)"
     )
     samples: int | None = Field(None, ge=1, description="private rows of a client; none: all it has")
+    same_domain: bool = Field(
+        False, description="source=embedded: the clients of a task and population have one domain, of each task another"
+    )
+    mechanisms: tuple[Mechanism, ...] = Field(
+        (), description="learning mechanisms by each of which a client fine-tunes; none: as the TinyLM's shadows"
+    )
+    joint: Literal["none", "task", "tasks"] = Field(
+        "none",
+        description="whose updates are pooled into one adapter: none: each client has its own (Table 1); task: the "
+        "clients of a task and population (Table 2); tasks: a client of every task (Table 6)",
+    )
     seed: int = 0
 
     @model_validator(mode="after")
     def _check(self) -> ClientSettings:
+        labels = [mechanism_label(one) for one in self.mechanisms]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"mechanisms={labels} names one twice")
         if len(set(self.populations)) < len(self.populations):
             raise ValueError(f"populations={list(self.populations)} names a population twice")
         return self
@@ -393,8 +451,10 @@ class EvaluationSettings(Section):
     max_new_tokens: int = Field(512, ge=1)
     max_model_len: int = Field(4096, ge=8, description="window in tokens, where the model's own is not smaller")
     controls: bool = Field(True, description="score the controls of DESIGN.md section 6")
-    baselines: tuple[Literal["proxy_tuning"], ...] = Field(
-        (), description="methods without a Grad-Transformer to score; proxy_tuning needs one vocabulary of both models"
+    baselines: tuple[Literal["proxy_tuning", "oracle_domain"], ...] = Field(
+        (),
+        description="methods without a Grad-Transformer to score: proxy_tuning, which needs one vocabulary of both "
+        "models, and oracle_domain, the mean T update of a client's true domain, a ceiling",
     )
     workers: int = Field(1, ge=1, description="engines of a model")
     num_gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from gt_ray.config import Config, ModelSettings
+from gt_ray.config import Config, Mechanism, ModelSettings
 from gt_ray.curation.plan import Shadow, plan_content
 from gt_ray.errors import UserError
+from gt_ray.learning.mechanisms import statement
 from gt_ray.pairs.root import Root
-from gt_ray.tasks.data import Client, TaskData, fingerprint
+from gt_ray.tasks.data import Client, Group, TaskData, fingerprint
 from gt_ray.updates.store import unit_key
 
 Side = Literal["tinylm", "llm"]
@@ -58,15 +59,32 @@ def shadow_job(config: Config, data: TaskData, root: Root, side: Side, shadow: S
     rows = _Rows(shadow.task, shadow.domain, shadow.split, shadow.positions)
     steps = list(config.curation.snapshot_steps)
     content = plan_content(config, shadow)
-    return _job(config, data, root, side, f"shadow {shadow.k}", rows, shadow.seed, steps, content)
+    mechanism = shadow.mechanism if side == "tinylm" else None
+    name = f"shadow {shadow.k}"
+    return _job(config, data, root, side, name, rows, shadow.seed, steps, content, mechanism=mechanism)
 
 
 def client_job(config: Config, data: TaskData, root: Root, side: Side, client: Client) -> FineTuneJob:
-    """A client's own fine-tune: of the TinyLM its update (P_S), of the LLM the ceiling (P_T)."""
+    """A client's own fine-tune: of the TinyLM its update (P_S), by its mechanism; of the LLM the ceiling (P_T), which
+    is never private."""
     rows = _Rows(client.task, client.domain, "private", client.private)
     seed = config.clients.seed + config.seed * 1_000_003 + 500_000
     content = {"client": fingerprint(client.task, data.rows(client.task, "private", client.private)), "seed": seed}
-    return _job(config, data, root, side, f"client {client.name}", rows, seed, [0], content, client.steps)
+    mechanism = client.mechanism if side == "tinylm" else "sft"
+    return _job(config, data, root, side, f"client {client.name}", rows, seed, [0], content, client.steps, mechanism)
+
+
+def union_job(config: Config, data: TaskData, root: Root, group: Group, task: str) -> FineTuneJob:
+    """The ceiling P_T of a group: the LLM fine-tuned on all rows of its clients of a task (Table 2)."""
+    members = [client for client in group.members if client.task == task]
+    if len(members) == 1:
+        return client_job(config, data, root, "llm", members[0])
+    positions = [i for client in members for i in client.private]
+    domains = "+".join(dict.fromkeys(name for client in members for name in client.domain.split("+")))
+    rows = _Rows(task, domains, "private", positions)
+    seed = config.clients.seed + config.seed * 1_000_003 + 600_000
+    content = {"union": fingerprint(task, data.rows(task, "private", positions)), "seed": seed}
+    return _job(config, data, root, "llm", f"union {group.name}", rows, seed, [0], content, mechanism="sft")
 
 
 def public_job(config: Config, data: TaskData, root: Root, side: Side, task: str) -> FineTuneJob:
@@ -98,9 +116,15 @@ def _job(
     snapshot_steps: list[int],
     content: Mapping[str, Any],
     times_steps: int = 1,
+    mechanism: Mechanism | None = None,
 ) -> FineTuneJob:
     settings = model_settings(config, side)
-    fine_tune = settings.fine_tune.model_copy(update={"steps": settings.fine_tune.steps * times_steps})
+    fine_tune = settings.fine_tune if mechanism is None else settings.fine_tune.by(mechanism)
+    fine_tune = fine_tune.model_copy(update={"steps": fine_tune.steps * times_steps})
+    try:
+        statement(fine_tune, len(rows.positions))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     held_out = _held_out(data, rows, seed, settings.fine_tune.stop.held_out, name) if _by_plateau(settings) else []
     made_by = {
         "root": root.hash,

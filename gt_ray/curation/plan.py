@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gt_ray.config import Config
+from gt_ray.config import Config, Mechanism
 from gt_ray.errors import UserError
 from gt_ray.tasks.data import TaskData, fingerprint
 from gt_ray.tasks.populations import shadow_mixtures
@@ -39,6 +39,7 @@ class Shadow:
         positions: its rows, as positions in the pool (task, split).
         rows: fingerprint of these rows.
         tinylm_only: whether the LLM is not fine-tuned on it.
+        mechanism: of the TinyLM's fine-tune, where those of the shadows take turns.
     """
 
     k: int
@@ -49,6 +50,7 @@ class Shadow:
     positions: list[int]
     rows: str
     tinylm_only: bool = False
+    mechanism: Mechanism | None = None
 
     @property
     def split(self) -> str:
@@ -85,6 +87,7 @@ def plan_shadows(config: Config, data: TaskData) -> list[Shadow]:
         else:
             number = k // every if validation else k - k // every
         seed = (settings.seed + config.seed) * 1_000_003 + k
+        turn = number
         mixed = bool(mixtures) and number % 2 == 1
         if mixtures:
             number //= 2
@@ -93,7 +96,11 @@ def plan_shadows(config: Config, data: TaskData) -> list[Shadow]:
         split = "public-validation" if validation else "public-train"
         positions = pools.draw(task, split, domain, seed, f"shadow {k}")
         rows = fingerprint(task, data.rows(task, split, positions))
-        shadows.append(Shadow(k, task, domain, validation, seed, positions, rows, tinylm_only))
+        mechanism = None
+        if of_tinylm := settings.tinylm_mechanisms:
+            # Shifted with each round of the kinds, so that every kind has every mechanism.
+            mechanism = of_tinylm[(turn + turn // len(turns)) % len(of_tinylm)]
+        shadows.append(Shadow(k, task, domain, validation, seed, positions, rows, tinylm_only, mechanism))
     return shadows
 
 

@@ -109,7 +109,7 @@ def _stream(study: Study, jobs: Sequence[FineTuneJob], keys: set[str]) -> Iterat
 
 
 def _blocks(jobs: Sequence[FineTuneJob], at_once: int | Literal["auto"], actors: int) -> list[list[FineTuneJob]]:
-    """Jobs for one call of an actor: same model, steps, snapshots and task, so that lengths are alike.
+    """Jobs for one call of an actor: same model, fine-tune, snapshots and task, so that lengths are alike.
 
     The LLM's come first, and those of most steps: they take longest. Within a model the order is drawn anew, so that
     two curations into one store do different things first; results do not depend on it.
@@ -117,7 +117,8 @@ def _blocks(jobs: Sequence[FineTuneJob], at_once: int | Literal["auto"], actors:
     by_kind: dict[tuple[Any, ...], list[FineTuneJob]] = {}
     of_side = Counter(job.side for job in jobs)
     for job in jobs:
-        by_kind.setdefault((SIDES.index(job.side), job.steps, tuple(job.snapshot_steps), job.task), []).append(job)
+        kind = (SIDES.index(job.side), json.dumps(job.made_by["fine_tune"]), tuple(job.snapshot_steps), job.task)
+        by_kind.setdefault(kind, []).append(job)
     blocks = []
     for members in by_kind.values():
         # Each kind for its share of the actors, as many blocks for each of them, of even sizes.

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gt_ray.config import Config
-from gt_ray.curation.jobs import SIDES, FineTuneJob, Side, client_job, model_settings, public_job, shadow_job
+from gt_ray.curation.jobs import SIDES, FineTuneJob, Side, client_job, model_settings, public_job, shadow_job, union_job
 from gt_ray.curation.plan import Shadow, plan_shadows
 from gt_ray.errors import UserError
 from gt_ray.pairs.root import Root, make_root
-from gt_ray.tasks.data import TaskData, load_data
+from gt_ray.tasks.data import Group, TaskData, load_data
 from gt_ray.updates.store import UpdateStore
 
 
@@ -71,6 +71,18 @@ class Study:
     def client_jobs(self, side: Side) -> list[FineTuneJob]:
         """The fine-tunes of all clients, in the order of the clients."""
         return [client_job(self.config, self.data, self.roots[side], side, client) for client in self.data.clients]
+
+    def groups(self) -> list[Group]:
+        """The clients whose updates become one adapter each."""
+        return self.data.groups(self.config.clients.joint)
+
+    def ceiling_jobs(self) -> dict[str, FineTuneJob]:
+        """By client, the LLM's fine-tune on the private rows of its group that are of its task (P_T)."""
+        return {
+            client.name: union_job(self.config, self.data, self.roots["llm"], group, client.task)
+            for group in self.groups()
+            for client in group.members
+        }
 
     def public_jobs(self) -> list[FineTuneJob]:
         """LLM fine-tunes on each task's public rows (control public_sft)."""

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from gt_ray.cluster import own_devices
+from gt_ray.config import FineTuneSettings
 from gt_ray.curation.jobs import HELD_OUT, Side, model_settings
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
@@ -62,7 +63,7 @@ class FineTuner:
         self.loaded: tuple[Side, Any, Any] | None = None
 
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
-        """One block of jobs of one model and task, of equally many steps.
+        """One block of jobs of one model and task, fine-tuned alike.
 
         Returns:
             Columns `key` and `error`, which is empty where the unit is in the store.
@@ -76,8 +77,7 @@ class FineTuner:
             error = f"{deaths} workers died while they loaded {jobs[0]['side']} or measured a step of it"
             return {"key": list(errors), "error": [f"{error}; is there enough memory?"] * len(errors)}
         engine, tokenizer = self._load(jobs[0]["side"])
-        settings = model_settings(self.study.config, jobs[0]["side"]).fine_tune
-        settings = settings.model_copy(update={"steps": jobs[0]["steps"]})
+        settings = FineTuneSettings.model_validate(jobs[0]["made_by"]["fine_tune"])
         sets = {}
         for job in jobs:
             try:
@@ -149,8 +149,7 @@ class FineTuner:
         return errors
 
     def _training_set(self, tokenizer: Any, job: dict[str, Any], max_length: int) -> Any:
-        from gt_ray.learning.engine import TrainingSet
-        from gt_ray.learning.samples import encode
+        from gt_ray.learning.samples import TrainingSet, encode
         from gt_ray.tasks import TASKS
 
         def samples(split: str, positions: list[int]) -> Any:
@@ -159,7 +158,11 @@ class FineTuner:
 
         name = f"{job['name']} ({job['task']}, {job['side']})"
         return TrainingSet(
-            samples(job["split"], job["positions"]), job["seed"], samples(HELD_OUT, job["held_out"]), name
+            samples(job["split"], job["positions"]),
+            job["seed"],
+            samples(HELD_OUT, job["held_out"]),
+            name,
+            noise_seed=int(job["key"][:15], 16),  # clients share a seed, and a shadow's two models do, but no noise
         )
 
     def _load(self, side: Side) -> tuple[Any, Any]:

@@ -140,6 +140,7 @@ def scores_of_report(run: Path, report: Mapping[str, Any]) -> list[ClientScores]
         if rows is None:
             raise UserError(f"{run / row['scores']} is absent or damaged; run its cell again")
         client = Client(f"{run.name}/{row['client']}", row["task"], row["domain"], [], [], row["population"])
+        client = replace(client, label=row.get("label", ""))
         results.append(ClientScores(client, System(row["system"]), rows, row["scores"]))
     return results
 

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from gt_ray.config import DpSgdSettings
 from gt_ray.evaluation.results import RowScore
 from gt_ray.evaluation.run import ClientScores
 from gt_ray.tasks import TASKS
+from gt_ray.tasks.data import Client
 
 MAIN = ("P_S", "P_T", "base_S", "base_T", "ours")
-BASELINES = ("proxy_tuning", "ours_unrefined")
-"""What is no control: methods without a Grad-Transformer, and ours without its refinement."""
+BASELINES = ("proxy_tuning", "ours_unrefined", "ours_alone", "ours_product", "P_T_mean", "oracle_domain")
+"""What is no control: methods without a Grad-Transformer, variants of ours, and ceilings that know what is private."""
 RESAMPLES = 2000
 
 ByClient = Mapping[str, ClientScores]
@@ -31,7 +33,7 @@ def report_rows(results: Sequence[ClientScores], seed: int) -> list[dict[str, An
             "population": result.client.population,
             "client": result.client.name,
             "domain": result.client.domain,
-            "mechanism": "sft",
+            **_mechanism_of(result.client),
             "seed": seed,
             "system": result.system.name,
             "metric": TASKS[result.client.task].metric,
@@ -47,6 +49,15 @@ def report_rows(results: Sequence[ClientScores], seed: int) -> list[dict[str, An
             row["too_long"] = too_long
         rows.append(row)
     return rows
+
+
+def _mechanism_of(client: Client) -> dict[str, Any]:
+    """Name of a client's mechanism, its epsilon where it has one, its label where the study has several mechanisms."""
+    mechanism = client.mechanism
+    found: dict[str, Any] = {"mechanism": mechanism if isinstance(mechanism, str) else mechanism.name}
+    if isinstance(mechanism, DpSgdSettings):
+        found["epsilon"] = mechanism.epsilon
+    return {**found, "label": client.label} if client.label else found
 
 
 def mean_log_likelihood(rows: Sequence[RowScore]) -> float | None:
@@ -69,10 +80,10 @@ def _log_likelihoods(result: ClientScores) -> Any:
 
 
 def by_population(results: Sequence[ClientScores]) -> dict[str, dict[str, Any]]:
-    """The summary of each population's clients alone."""
+    """The summary of the clients of each population, and each mechanism where there are several, alone."""
     populations: dict[str, list[ClientScores]] = {}
     for result in results:
-        populations.setdefault(result.client.population, []).append(result)
+        populations.setdefault(result.client.kind, []).append(result)
     return {name: summarise(found) for name, found in populations.items()}
 
 
@@ -112,7 +123,11 @@ def _entry(by_system: Mapping[str, ByClient]) -> dict[str, Any]:
         if gap < 2 * gap_se or gap <= 0:
             entry["pgr_absent"] = f"P_T - P_S = {gap:.1f} is below 2 paired standard errors ({2 * gap_se:.1f})"
         else:
-            entry["pgr"] = 100 * (means["ours"] - means["P_S"]) / (means["P_T"] - means["P_S"])
+            entry["pgr_of"] = {
+                name: 100 * (mean - means["P_S"]) / gap for name, mean in means.items() if name not in ("P_S", "P_T")
+            }
+            entry["pgr"] = entry["pgr_of"].pop("ours")
+            entry["pgr_interval"] = _share_interval(by_system, "P_S", _scores)
     return entry | _comparisons(entry, by_system)
 
 
@@ -127,6 +142,9 @@ def _average(entries: Sequence[dict[str, Any]], whole: Mapping[str, ByClient]) -
         average[part] = {name: _mean(entry[part].get(name) for entry in entries) for name in names}
     if pgrs := [entry["pgr"] for entry in entries if "pgr" in entry]:
         average["pgr"], average["pgr_tasks"] = _mean(pgrs), len(pgrs)
+        names = dict.fromkeys(name for entry in entries for name in entry.get("pgr_of", {}))
+        average["pgr_of"] = {name: _mean(entry.get("pgr_of", {}).get(name) for entry in entries) for name in names}
+        average["pgr_interval"] = _share_interval(whole, "P_S", _scores)
     elif any("pgr_absent" in entry for entry in entries):
         average["pgr_absent"] = "absent in every task"
     return average | (_comparisons(average, whole) if "ours" in whole else {})
@@ -171,10 +189,19 @@ def _recovered(
     gain, gain_se = _paired(by_system["P_T"], by_system["base_T"], values)
     if gain <= 2 * gain_se or means["P_T"] <= means["base_T"]:
         return {}
-    names = [name for name in by_system["ours"] if name in by_system["P_T"] and name in by_system["base_T"]]
+    return {
+        "gain_recovered": 100 * (means["ours"] - means["base_T"]) / (means["P_T"] - means["base_T"]),
+        "gain_recovered_interval": _share_interval(by_system, "base_T", values),
+    }
+
+
+def _share_interval(
+    by_system: Mapping[str, ByClient], floor: str, values: Callable[[ClientScores], Any]
+) -> list[float]:
+    """95 % bootstrap interval over clients of (ours - floor) / (P_T - floor), in percent."""
+    names = [name for name in by_system["ours"] if name in by_system["P_T"] and name in by_system[floor]]
     ours, best, base = (
-        np.asarray([np.nanmean(values(by_system[system][name])) for name in names])
-        for system in ("ours", "P_T", "base_T")
+        np.asarray([np.nanmean(values(by_system[system][name])) for name in names]) for system in ("ours", "P_T", floor)
     )
     read = np.isfinite(ours) & np.isfinite(best) & np.isfinite(base)
     ours, best, base = ours[read], best[read], base[read]
@@ -182,10 +209,7 @@ def _recovered(
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = 100 * (ours - base)[picks].mean(1) / (best - base)[picks].mean(1)
     low, high = np.percentile(shares[np.isfinite(shares)], [2.5, 97.5])
-    return {
-        "gain_recovered": 100 * (means["ours"] - means["base_T"]) / (means["P_T"] - means["base_T"]),
-        "gain_recovered_interval": [float(low), float(high)],
-    }
+    return [float(low), float(high)]
 
 
 def _gap_closed(

@@ -1,4 +1,4 @@
-"""The engine: supervised fine-tuning of many adapters of one frozen model, G at a time (section 4.1, Table 5).
+"""The engine: fine-tuning of many adapters of one frozen model, G at a time (section 4.1, Table 5).
 
 Each adapter has its own data, order, clipping, schedule and optimizer state, so its result is that of a run of its own,
 whatever its neighbours; a neighbour that diverges is dropped. G follows from memory where it is not given.
@@ -7,7 +7,6 @@ whatever its neighbours; a neighbour that diverges is dropped. G follows from me
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,8 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from gt_ray.config import FineTuneSettings
 from gt_ray.errors import UserError
 from gt_ray.learning.losses import TargetLosses
+from gt_ray.learning.mechanisms import mechanism_of, statement
+from gt_ray.learning.mechanisms.base import batch_gradients, broadcast
 from gt_ray.learning.memory import is_out_of_memory, release, training_bytes
-from gt_ray.learning.samples import Sample
+from gt_ray.learning.resume import Resume
+from gt_ray.learning.samples import Sample, TrainingSet
 from gt_ray.learning.schedule import Schedule
 from gt_ray.learning.stacked import keep_adapters, stacked
 from gt_ray.pairs.root import Root
@@ -32,22 +34,6 @@ if TYPE_CHECKING:
 
 SATURATED_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Tokens of an optimizer step of all adapters together beyond which more adapters bring no more speed."""
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """What one adapter is fine-tuned on.
-
-    Attributes:
-        seed: order of the samples.
-        held_out: samples whose loss tells when to stop (`stop.when=plateau`).
-        name: for messages.
-    """
-
-    samples: Sequence[Sample]
-    seed: int
-    held_out: Sequence[Sample] = ()
-    name: str = "fine-tune"
 
 
 @dataclass(frozen=True)
@@ -106,6 +92,7 @@ class Engine:
         settings: FineTuneSettings,
         snapshot_steps: Sequence[int] = (0,),
         on_step: Callable[[], None] = lambda: None,
+        resume: Resume | None = None,
     ) -> Iterator[tuple[int, FineTuned | UserError]]:
         """Fine-tune one adapter on each set, all from the same root; yields its number and result as groups finish.
 
@@ -115,9 +102,10 @@ class Engine:
         Args:
             snapshot_steps: optimizer steps from the end at which the update is kept, largest first.
             on_step: called after every optimizer step of a group.
+            resume: of a single set, whose last update alone is kept: where it goes on from.
 
         Raises:
-            UserError: an empty data set, or fewer steps than snapshots reach back.
+            UserError: a data set is empty or too small for the mechanism, or fewer steps than snapshots reach back.
         """
         _check(sets, settings, snapshot_steps)
         waiting = list(range(len(sets)))
@@ -126,7 +114,7 @@ class Engine:
             group = [waiting[i] for i in self.groups([sets[i] for i in waiting], settings)[0]]
             members = [sets[i] for i in group]
             try:
-                for g, result in self._train(members, settings, snapshot_steps, on_step):
+                for g, result in self._train(members, settings, snapshot_steps, on_step, resume):
                     waiting.remove(group[g])
                     yield group[g], result
                 fits = self._most_tokens
@@ -180,7 +168,10 @@ class Engine:
             batch = [_longest(sets, settings)]
             with self.losses.short_cuts(), stacked(self.model, self.root, G=1):
                 try:
-                    self._measured = tokens, training_bytes(lambda: self._backward(batch, 1), *self.losses.devices)
+                    self._measured = (
+                        tokens,
+                        training_bytes(lambda: batch_gradients(self.losses, batch, 1), *self.losses.devices),
+                    )
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -196,23 +187,25 @@ class Engine:
         settings: FineTuneSettings,
         snapshot_steps: Sequence[int],
         on_step: Callable[[], None],
+        resume: Resume | None,
     ) -> Iterator[tuple[int, FineTuned | UserError]]:
         """Fine-tune all sets together."""
         layout, G = self.root.layout, len(sets)
         start_Ld = layout.to_array(self.root.initial)
-        orders = [_order(len(s.samples), s.seed) for s in sets]
         schedule = Schedule(settings, G)
         kept: list[list[Tensor]] = [[] for _ in sets]
         losses: list[list[float]] = [[] for _ in sets]
         held_out: list[list[list[float]]] = [[] for _ in sets]
         active = list(range(G))
         pieces = self._pieces(sets, settings)
+        mechanism = mechanism_of(settings)(settings, sets)
         step = 0
         with self.losses.short_cuts(), stacked(self.model, self.root, G) as parameters:
             trained = list(parameters.values())
-            optimizer = torch.optim.AdamW(
-                trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-            )
+            optimizer = mechanism.optimizer(trained)
+            if resume:
+                losses[0], step = resume.restore(trained, optimizer), resume.steps
+                mechanism.skip(0, step)
             while active:
                 if schedule.wants_check(step):
                     for g, loss in zip(
@@ -220,11 +213,11 @@ class Engine:
                     ):
                         held_out[g].append([step, loss])
                         schedule.check(g, step, loss)
-                batch = [[sets[g].samples[next(orders[g])] for _ in range(settings.batch_size)] for g in active]
+                batch = [mechanism.draw(g, step) for g in active]
+                factors = [schedule.factor(g, step) for g in active]
                 optimizer.zero_grad()
-                loss_G = self._backward(batch, pieces)
-                clip_per_adapter(trained, settings.clip_norm)
-                _step(optimizer, trained, [schedule.factor(g, step) for g in active])
+                loss_G = mechanism.gradients(self.losses, trained, batch, pieces, active, step, factors)
+                _step(optimizer, trained, factors)
                 step += 1
                 on_step()
                 ended = []
@@ -233,7 +226,7 @@ class Engine:
                     end = schedule.end(g)
                     if end is not None and end - step in snapshot_steps:
                         one = {name: parameter.detach()[row] for name, parameter in parameters.items()}
-                        kept[g].append(layout.to_array(one) - start_Ld)
+                        kept[g].append(mechanism.released(g, layout.to_array(one) - start_Ld, step))
                     finite = math.isfinite(loss) and (step != end or bool(torch.isfinite(kept[g][-1]).all()))
                     if not finite:
                         yield (
@@ -247,24 +240,12 @@ class Engine:
                         yield g, FineTuned(torch.stack(kept[g]), losses[g], held_out[g])
                     if not finite or step == end:
                         ended.append(row)
+                if resume:
+                    resume.keep(step, trained, optimizer, losses[0])
                 if ended:
                     rows = [row for row in range(len(active)) if row not in ended]
                     active = [active[row] for row in rows]
                     keep_adapters(optimizer, rows)
-
-    def _backward(self, batch: Sequence[Sequence[Sample]], pieces: int) -> Tensor:
-        """Gradients of each adapter's mean loss a target token; returns these losses [G]."""
-        G = len(batch)
-        total_G = torch.tensor([sum(len(sample.target) for sample in samples) for samples in batch])
-        total_G = total_G.to(self.losses.device)
-        loss_G = torch.zeros(G, device=self.losses.device)
-        size = -(-len(batch[0]) // pieces)
-        for first in range(0, len(batch[0]), size):
-            part = self.losses.batch([samples[first : first + size] for samples in batch])
-            part_G = self.losses.by_adapter(part, G)[0] / total_G
-            part_G.sum().backward()
-            loss_G += part_G.detach()
-        return loss_G
 
     @torch.no_grad()
     def _held_out(self, sets: Sequence[TrainingSet], settings: FineTuneSettings, pieces: int) -> list[float]:
@@ -281,44 +262,14 @@ class Engine:
         return [float(loss) for loss in sum_G / count_G]
 
 
-def clip_per_adapter(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> None:
-    """Clip the gradient of each adapter (the first dimension of every parameter) to `max_norm`."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    device = gradients[0].device
-    norm_G = torch.stack([gradient.flatten(1).norm(dim=1).to(device) for gradient in gradients]).norm(dim=0)
-    factor = _PerAdapter((max_norm / (norm_G + 1e-6)).clamp(max=1.0))
-    for gradient in gradients:
-        gradient.mul_(factor.beside(gradient))
-
-
 @torch.no_grad()
 def _step(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter], factors: list[float]) -> None:
     """One optimizer step, each adapter at its share of the learning rate: the change of AdamW is linear in the rate."""
     before = [parameter.clone() for parameter in parameters]
     optimizer.step()
-    factor = _PerAdapter(torch.tensor(factors))
+    factor_G = torch.tensor(factors, device=parameters[0].device)
     for parameter, old in zip(parameters, before, strict=True):
-        parameter.copy_(torch.lerp(old, parameter, factor.beside(parameter)))
-
-
-class _PerAdapter:
-    """A number for each adapter [G], on each device that it is wanted on."""
-
-    def __init__(self, value_G: Tensor) -> None:
-        self._on = {value_G.device: value_G}
-
-    def beside(self, tensor: Tensor) -> Tensor:
-        """On the device of a tensor [G, ...], with as many dimensions."""
-        if tensor.device not in self._on:
-            self._on[tensor.device] = next(iter(self._on.values())).to(tensor.device)
-        return self._on[tensor.device].view(-1, *[1] * (tensor.dim() - 1))
-
-
-def _order(n: int, seed: int) -> Iterator[int]:
-    """Sample indices without end: a new permutation each epoch."""
-    rng = random.Random(seed)
-    while True:
-        yield from rng.sample(range(n), n)
+        parameter.copy_(torch.lerp(old, parameter, broadcast(factor_G, parameter)))
 
 
 def _longest(sets: Sequence[TrainingSet], settings: FineTuneSettings) -> list[Sample]:
@@ -338,6 +289,7 @@ def _check(sets: Sequence[TrainingSet], settings: FineTuneSettings, snapshot_ste
     for number, one in enumerate(sets):
         if not one.samples:
             raise UserError(f"data set {number} ({one.name}) is empty")
+        statement(settings, len(one.samples))  # refuses what the mechanism cannot do
         if settings.stop.when == "plateau" and len(one.held_out) < settings.stop.held_out:
             raise UserError(
                 f"{one.name} has {len(one.held_out)} held-out rows, stop.held_out={settings.stop.held_out} are needed"

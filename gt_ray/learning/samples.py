@@ -24,6 +24,30 @@ class Sample:
         return len(self.prompt) + len(self.target)
 
 
+@dataclass(frozen=True)
+class TrainingSet:
+    """What one adapter is fine-tuned on.
+
+    Attributes:
+        seed: order of the samples.
+        held_out: samples whose loss tells when to stop (`stop.when=plateau`).
+        name: for messages.
+        noise_seed: what a private mechanism draws rows and noise from: another one for every fine-tune, secret where
+            the rows are real, for who knows it can take the noise away. None: `seed`.
+    """
+
+    samples: Sequence[Sample]
+    seed: int
+    held_out: Sequence[Sample] = ()
+    name: str = "fine-tune"
+    noise_seed: int | None = None
+
+    @property
+    def secret_seed(self) -> int:
+        """`noise_seed`, or what stands in for it."""
+        return self.seed if self.noise_seed is None else self.noise_seed
+
+
 def prompt_texts(tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row]) -> list[str]:
     """The rows' prompts as one user turn each, up to where the assistant starts to write."""
     return [prompt_text(tokenizer, task.prompt(row)) for row in rows]

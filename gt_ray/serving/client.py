@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from gt_ray.pairs.models import EMBEDDED_PREFIX, resolve
 from gt_ray.pairs.root import Root, hash_root
 from gt_ray.progress import bar, say
 from gt_ray.serving.endpoint import Endpoint, unpack, with_base
+from gt_ray.serving.ledger import Ledger
 from gt_ray.updates.adapters import Adapter
 from gt_ray.updates.files import write_atomically
 from gt_ray.updates.pooling import Pooling
+from gt_ray.updates.store import unit_key
 from gt_ray.updates.update_files import UpdateInfo, read_update, write_update
 
 ROOT_FOLDER = Path("gt-ray-root")
@@ -79,18 +82,23 @@ def finetune(
         data: JSON lines with the task's columns.
         folder: of `fetch_root`.
         device: none: a GPU where there is one.
-        changes: to the settings that the service recommends (`FineTuneSettings`), such as `steps=200`.
+        changes: to the settings that the service recommends (`FineTuneSettings`), such as `steps=200`, or
+            `mechanism={"name": "dp_sgd", "epsilon": 1.0}`.
+
+    Stopped, it goes on where it was when it is called again in the same way.
 
     Raises:
         UserError: data, root or settings are not usable.
     """
     import torch
 
-    from gt_ray.learning.engine import Engine, TrainingSet
-    from gt_ray.learning.samples import encode
+    from gt_ray.learning.engine import Engine
+    from gt_ray.learning.mechanisms import statement
+    from gt_ray.learning.resume import Resume
+    from gt_ray.learning.samples import TrainingSet, encode
     from gt_ray.pairs.models import load_model, load_tokenizer
     from gt_ray.tasks import TASKS
-    from gt_ray.tasks.data import read_jsonl
+    from gt_ray.tasks.data import fingerprint, read_jsonl
 
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
@@ -101,20 +109,35 @@ def finetune(
     n_held_out = settings.stop.held_out if settings.stop.when == "plateau" else 0
     if len(samples) <= n_held_out:
         raise UserError(f"{data} has {len(samples)} rows; {n_held_out} are held out, to see when to stop")
-    one = TrainingSet(samples[n_held_out:], seed, samples[:n_held_out], str(data))
+    mechanism = statement(settings, len(samples) - n_held_out)
+    by_content = sorted(
+        rows, key=lambda row: json.dumps(row, sort_keys=True)
+    )  # in another order they are the same rows
+    own = {"rows": fingerprint(task, by_content), "root": root.hash, "seed": seed, **settings.model_dump(mode="json")}
+    identity = unit_key(own)
+    resume = Resume(out.with_name(f".{out.name}.progress"), identity, secrets.randbits(62))
+    one = TrainingSet(samples[n_held_out:], seed, samples[:n_held_out], str(data), resume.noise_seed)
     model = ModelSettings(
         model=root.base_model, lora=LoraSettings(), dtype=service["checkpoint"]["tinylm"]["dtype"], fine_tune=settings
     )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     engine = Engine(load_model(model, device), root, adapters_at_once=1)
+    ledger = Ledger(folder)
+    if resume.steps:
+        say(f"fine-tune: goes on after step {resume.steps}")
+    else:
+        ledger.begin(own["rows"], identity, mechanism)
     with bar("fine-tune", settings.steps) as progress:
-        ((_, result),) = engine.fine_tune([one], settings, on_step=progress.advance)
+        progress.advance(resume.steps)
+        ((_, result),) = engine.fine_tune([one], settings, on_step=progress.advance, resume=resume)
     if isinstance(result, UserError):
         raise result
-    fine_tune = settings.model_dump(mode="json")
-    info = UpdateInfo(fine_tune, len(one.samples), {"name": fine_tune.pop("mechanism")})
+    info = UpdateInfo(settings.model_dump(mode="json", exclude={"mechanism"}), len(one.samples), mechanism)
     write_update(out, result.snapshots_JLd[-1], root, info)
+    ledger.finish(identity, hashlib.sha256(out.read_bytes()).hexdigest())
+    resume.done()
     say(f"fine-tune: {len(rows)} rows, loss {result.losses[0]:.3f} to {result.losses[-1]:.3f}; update in {out}")
+    say(f"learning mechanism: {info.privacy}" + (f"; {spent}" if (spent := ledger.spent(own["rows"])) else ""))
     return info
 
 
@@ -149,16 +172,19 @@ def leaving(updates: Sequence[Path], folder: Path = ROOT_FOLDER) -> list[bytes]:
     if not updates:
         raise UserError("no update file given")
     url, root = _service(folder)["url"], Root.load(folder / ROOT)
-    contents = []
+    contents, ledger = [], Ledger(folder)
     say(f"This leaves the machine for {url}:")
     for path in updates:
         update_Ld, info = read_update(path, root)
         contents.append(path.read_bytes())
+        sha256 = hashlib.sha256(contents[-1]).hexdigest()
+        spent = ledger.spent(data) if (data := ledger.data_of(sha256)) else ""
         say(
-            f"  {path.name}: {len(contents[-1]):,} bytes, SHA-256 {hashlib.sha256(contents[-1]).hexdigest()}\n"
+            f"  {path.name}: {len(contents[-1]):,} bytes, SHA-256 {sha256}\n"
             f"    {len(root.layout.flat(update_Ld)):,} numbers, the change of {len(root.initial)} tensors of "
             f"{root.public_name}; no row of data is in it\n"
-            f"    learning mechanism: {info.privacy}{'' if 'epsilon' in info.mechanism else '; no privacy guarantee'}\n"
+            f"    learning mechanism: {info.privacy}{'' if 'epsilon' in info.mechanism else '; no privacy guarantee'}"
+            f"{'; ' * bool(spent)}{spent}\n"
             f"    said beside it: {info.samples} rows, settings of the fine-tune {json.dumps(info.fine_tune)}"
         )
     return contents

@@ -100,8 +100,9 @@ def make_api(service: Service | None) -> FastAPI:
     return api
 
 
-# What waits in the proxy costs it more than what it refuses: with 256 waiting it came to a stand (docs/lab-notes.md).
-@serve.deployment(name="Ingress", max_ongoing_requests=200, max_queued_requests=16, graceful_shutdown_timeout_s=60)
+# Requests wait here, where that costs next to nothing, as many as `max_requests` and `max_held_mb` let in. In Serve's
+# proxy each polls, and what is refused comes back: with 200 and 256 it came to a stand under load (docs/lab-notes.md).
+@serve.deployment(name="Ingress", max_ongoing_requests=2000, max_queued_requests=16, graceful_shutdown_timeout_s=60)
 @serve.ingress()
 class Ingress:
     """One replica of the HTTP interface."""

@@ -49,6 +49,7 @@ class Service:
         self.rate = RateLimit(settings.requests_per_minute)
         self.rounds = Rounds(settings.state, settings.keep_hours * 3600, settings.max_kept) if settings.state else None
         self.working: Counter[str] = Counter()
+        self.held_bytes = 0
 
     @contextmanager
     def admitted(self, request: Request) -> Iterator[Caller]:
@@ -68,11 +69,25 @@ class Service:
         # One token alone may take half, so that it cannot keep the others out.
         if self.working.total() >= most or (caller.name and self.working[caller.name] >= max(1, most // 2)):
             raise busy("too many requests at once; send it again in a moment")
+        size = self._size(request)
+        # One body alone is always taken, however large it is.
+        if self.held_bytes and self.held_bytes + size > self.settings.max_held_mb * 1e6:
+            raise busy("too much is being worked on at once; send it again in a moment")
         self.working[caller.name] += 1
+        self.held_bytes += size
         try:
             yield caller
         finally:
             self.working[caller.name] -= 1
+            self.held_bytes -= size
+
+    def _size(self, request: Request) -> int:
+        """Bytes that a request's body may have: as it says, or, where it does not, as many as are taken."""
+        most = int(self.settings.max_upload_mb * 1e6)
+        told = request.headers.get("content-length", "")
+        if told.isdigit():
+            return min(int(told), most)
+        return most if "transfer-encoding" in request.headers else 0
 
     async def checkpoint(self, name: str | None) -> Description:
         """A checkpoint by name; none: the default.

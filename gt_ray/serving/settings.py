@@ -22,7 +22,10 @@ class ServeSettings(Section):
     max_kept: int = Field(100, ge=1, description="rounds and kept updates of one token")
     max_updates: int = Field(32, ge=1, description="update files of one request or round")
     max_upload_mb: float = Field(64, gt=0, description="size of one request's body, in MB")
-    max_requests: int = Field(64, ge=1, description="requests that one ingress replica works on at once; more get 503")
+    max_requests: int = Field(1000, ge=1, description="requests that one ingress replica holds at once; more get 503")
+    max_held_mb: float = Field(
+        1000, gt=0, description="bodies of the requests that one ingress replica holds at once, in MB; more get 503"
+    )
     requests_per_minute: int = Field(600, ge=1, description="of one token at one ingress replica; more get 429")
     time_limit_s: float = Field(60, gt=0, description="seconds until a request is given up with 504")
     try_llm: bool = Field(

@@ -181,3 +181,59 @@ def intervals_of(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str
             if low is not None and middle is not None and high is not None:
                 found.setdefault(task, {})[name] = (low, middle, high)
     return found
+
+
+@dataclass(frozen=True)
+class BoundsTable:
+    """What `bounds.json` says, as texts."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def bounds_of(bounds: Mapping[str, Any]) -> BoundsTable:
+    """The bounds of section 5 beside the gaps, and what they follow from; without a bound stands `none`."""
+
+    def size(row: Mapping[str, Any], key: str) -> str:
+        return f"{row[key]:,.0f}" if key in row else "-"
+
+    def bound(row: Mapping[str, Any], key: str) -> str:
+        value = finite(row.get(key))
+        return ("none" if key in row else "-") if value is None else f"{value:.3f}"
+
+    rows = [
+        [
+            row["gap"],
+            size(row, "public_rows"),
+            size(row, "effective_rows"),
+            size(row, "private_rows"),
+            _with_interval(row["measured"], "+"),
+            bound(row, "stated"),
+            bound(row, "corrected"),
+            f"{row['implied_information']:,.0f}" if "implied_information" in row else "-",
+        ]
+        for row in bounds["table"]
+    ]
+    columns = ["gap", "|D_p|", "independent", "|D|", "measured", "bound as stated", "corrected", "I at least"]
+    sigma = bounds["sigma"]
+    named = {side: dict.fromkeys(one["name"] for one in stated) for side, stated in bounds["mechanisms"].items()}
+    names = " and ".join(f"{side} by {', '.join(one)}" for side, one in named.items())
+    told = finite(bounds["information_of_a_shadow"])
+    kind = "guaranteed" if sigma["guaranteed"] else "estimated"
+    notes = [
+        f"Shadows: {names}. Information in a shadow's tuple: "
+        + (f"none is bounded: {bounds['unbounded']}." if told is None else f"at most {told:,.4g} nats."),
+        f"Losses and gaps in {bounds['unit']}, on {bounds['rows_of_each']} rows of every shadow and client, with 95 % "
+        "intervals.",
+        f"sigma, {kind}: public rows {_with_interval(sigma['public'])}, private {_with_interval(sigma['private'])}, "
+        f"data sets {_with_interval(sigma['data_sets'])}. KL(public || private) of a row, by a classifier, from below: "
+        f"{_with_interval(bounds['kl'])} nats. With it the corrected bound of utility of public updates is "
+        f"{bounds['least_utility_bound']:.3f} at least, however little the updates tell.",
+    ]
+    return BoundsTable(columns, rows, notes)
+
+
+def _with_interval(estimate: Mapping[str, float], sign: str = "") -> str:
+    value, low, high = (format(estimate[key], f"{sign}z.3f") for key in ("value", "low", "high"))
+    return value if value == low == high else f"{value} [{low}, {high}]"

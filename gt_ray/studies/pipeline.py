@@ -13,26 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gt_ray.baselines.controls import CONTROLS, Shadows, ShadowSet
-from gt_ray.baselines.proxy_tuning import share_vocabulary
-from gt_ray.config import Config
+from gt_ray.config import Config, FineTuneSettings
 from gt_ray.curation.run import run_fine_tunes
 from gt_ray.curation.study import Study, load_roots, root_file
 from gt_ray.errors import UserError
 from gt_ray.evaluation.run import score
-from gt_ray.evaluation.scorer import System
 from gt_ray.evaluation.summary import by_population, report_rows, summarise
 from gt_ray.grad_transformer.generate import generate_adapter
 from gt_ray.grad_transformer.network import GradTransformer
-from gt_ray.learning.refinement import proxy_share
+from gt_ray.learning.mechanisms import statement
 from gt_ray.progress import say
+from gt_ray.studies.systems import finished_updates, generated_updates, pooled_updates, share_of_proxy, systems
 from gt_ray.tasks.data import Client
 from gt_ray.training.refinement import Generated, are_refined, refine_all
-from gt_ray.training.run import LINEAR, load_trained, models, train
+from gt_ray.training.run import load_trained, models, train
 from gt_ray.updates.files import read_adapter, write_atomically
 from gt_ray.updates.pooling import Pooling
 from gt_ray.updates.store import unit_key
-from gt_ray.updates.update_files import UpdateInfo, read_update, write_update
+from gt_ray.updates.update_files import UpdateInfo, write_update
 
 WALL = "wall.json"
 
@@ -74,23 +72,23 @@ def generate_stage(study: Study) -> None:
         jobs = study.client_jobs("tinylm")
         run_fine_tunes(study, jobs, "clients")
         for client, job in zip(study.data.clients, jobs, strict=True):
-            fine_tune = dict(job.made_by["fine_tune"])
-            mechanism = {"name": fine_tune.pop("mechanism")}
+            fine_tune = FineTuneSettings.model_validate(job.made_by["fine_tune"])
             snapshots_JLd, meta = study.store.read(job.key)
-            info = UpdateInfo(fine_tune, meta.samples, mechanism)
+            told = fine_tune.model_dump(mode="json", exclude={"mechanism"})
+            info = UpdateInfo(told, meta.samples, statement(fine_tune, meta.samples))
             write_update(update_file(run, client), snapshots_JLd[-1], study.roots["tinylm"], info)
     with _timed(study, "generate"):
         refines = study.config.grad_transformer.refinement.steps > 0
-        refined = finished_updates(study, generated_updates(study, model)) if refines else {}
+        refined = finished_updates(study, generated_updates(study, model, pooled_updates(study))) if refines else {}
         checkpoint = model.fingerprint()
-        for client in study.data.clients:
+        for group in study.groups():
             generate_adapter(
                 model,
                 study.roots["tinylm"],
                 study.roots["llm"],
-                [update_file(run, client)],
-                run / "adapters" / client.name,
-                refine=_known(refined[client.name]) if refined else None,
+                [update_file(run, client) for client in group.members],
+                run / "adapters" / group.name,
+                refine=_known(refined[group.name]) if refined else None,
                 checkpoint=checkpoint,
             )
 
@@ -121,8 +119,8 @@ def generate_files(
         study = Study.load(config)
 
         def refine(update_S_Ld: Tensor, update_Ld: Tensor) -> Tensor:
-            share = _proxy_share(study, model, update_S_Ld)
-            return refine_all(study, [Generated(task, model.fingerprint(), update_Ld, update_S_Ld, share)])[0]
+            share = share_of_proxy(study, model, update_S_Ld)
+            return refine_all(study, [Generated((task,), model.fingerprint(), update_Ld, update_S_Ld, share)])[0]
 
     roots = load_roots(config)
     estimate = generate_adapter(model, roots["tinylm"], roots["llm"], updates, out, pooling, refine)
@@ -137,7 +135,8 @@ def evaluate_stage(study: Study) -> dict[str, Any]:
     _check_adapters(study, model)
     with _timed(study, "ceilings"):
         extra = study.public_jobs() if study.config.evaluation.controls else []
-        run_fine_tunes(study, [*study.client_jobs("llm"), *extra], "ceilings")
+        # Those of single clients too where they are joint: their mean is not the fine-tune on the union.
+        run_fine_tunes(study, [*study.ceiling_jobs().values(), *study.client_jobs("llm"), *extra], "ceilings")
     with _timed(study, "evaluate"):
         results = score(study, systems(study, model))
     config, known, populations = study.config, certainty(study, model), by_population(results)
@@ -161,37 +160,14 @@ def evaluate_stage(study: Study) -> dict[str, Any]:
     return report
 
 
-def finished_updates(study: Study, generated: dict[str, Generated]) -> dict[str, Tensor]:
-    """By client, what becomes of generated updates: refined where the study says so."""
-    if not study.config.grad_transformer.refinement.steps:
-        return {name: one.update_Ld for name, one in generated.items()}
-    return dict(zip(generated, refine_all(study, list(generated.values())), strict=True))
-
-
-def generated_updates(study: Study, model: GradTransformer) -> dict[str, Generated]:
-    """By client, the update that a model generates from its."""
-    found, generator = {}, model.fingerprint()
-    for client, job in zip(study.data.clients, study.client_jobs("tinylm"), strict=True):
-        update_S_Ld = study.store.read(job.key)[0][-1]
-        share = _proxy_share(study, model, update_S_Ld)
-        update_Ld = model.generate(update_S_Ld[None])[0]
-        found[client.name] = Generated(client.task, generator, update_Ld, update_S_Ld, share)
-    return found
-
-
-def _proxy_share(study: Study, model: GradTransformer, update_S_Ld: Tensor) -> float:
-    estimate, settings = model.estimate(update_S_Ld), study.config.grad_transformer.refinement
-    return proxy_share(estimate.distance if estimate else None, estimate.range if estimate else 1.0, settings)
-
-
 def certainty(study: Study, model: GradTransformer) -> dict[str, dict[str, Any]]:
     """What is known of the error of each client's adapter before it is scored."""
     found = {}
-    for client in study.data.clients:
-        update_S, _ = read_update(update_file(study.config.run_folder, client), study.roots["tinylm"])
-        if estimate := model.estimate(update_S):
+    for one in pooled_updates(study).values():
+        if estimate := model.estimate(one.update_Ld):
             known = {name: value for name, value in asdict(estimate).items() if value is not None}
-            found[client.name] = {"population": client.population, **known, "out_of_range": estimate.out_of_range}
+            for client in one.group.members:
+                found[client.name] = {"population": client.kind, **known, "out_of_range": estimate.out_of_range}
     return found
 
 
@@ -203,7 +179,7 @@ def _check_adapters(study: Study, model: GradTransformer) -> None:
     Raises:
         UserError: an earlier stage has not run, or has run with other settings.
     """
-    run, generated = study.config.run_folder, generated_updates(study, model)
+    run, generated = study.config.run_folder, generated_updates(study, model, pooled_updates(study))
     refines = study.config.grad_transformer.refinement.steps > 0
     if refines and not are_refined(study, list(generated.values())):
         raise UserError(f"the adapters in {run / 'adapters'} are not refined as this study says; run generate again")
@@ -226,67 +202,6 @@ def pipeline(config: Config) -> dict[str, Any]:
 def update_file(run: Path, client: Client) -> Path:
     """Where a simulated client's update file lies."""
     return run / "clients" / f"{client.name}.safetensors"
-
-
-def systems(study: Study, model: GradTransformer) -> list[tuple[System, Client]]:
-    """What is scored on whose test rows."""
-    run, store = study.config.run_folder, study.store
-    tinylm, llm = study.roots["tinylm"], study.roots["llm"]
-    shadows = load_shadows(study, model) if study.config.evaluation.controls else None
-    public = {job.task: store.read(job.key)[0][-1] for job in study.public_jobs()} if shadows else {}
-    pair = study.config.pair
-    refines = study.config.grad_transformer.refinement.steps > 0
-    linear = load_trained(study, LINEAR) if LINEAR in models(study) else None
-    of_linear = generated_updates(study, linear) if linear else {}
-    of_linear_refined = finished_updates(study, of_linear) if refines else {}
-    unrefined = generated_updates(study, model) if refines else {}
-    proxy = "proxy_tuning" in study.config.evaluation.baselines
-    if proxy and not share_vocabulary(pair.tinylm.model, pair.llm.model):
-        say("evaluate: no proxy_tuning, for the models' vocabularies differ")
-        proxy = False
-    work = []
-    for client, ceiling in zip(study.data.clients, study.client_jobs("llm"), strict=True):
-        update_S, _ = read_update(update_file(run, client), tinylm)
-        found = [
-            System("P_S", "tinylm", update_S),
-            System("base_S", "tinylm"),
-            System("P_T", "llm", store.read(ceiling.key)[0][-1]),
-            System("base_T", "llm"),
-            System("ours", "llm", read_adapter(run / "adapters" / client.name, llm)),
-        ]
-        if unrefined:
-            found.append(System("ours_unrefined", "llm", unrefined[client.name].update_Ld))
-        if proxy:
-            found.append(System("proxy_tuning", proxy_Ld=update_S))
-        if shadows:
-            z_S_P = model.standard_S(update_S).flatten()
-            found.append(System("public_sft", "llm", public[client.task]))
-            found += [System(name, "llm", control(shadows, z_S_P, client.task)) for name, control in CONTROLS.items()]
-            if of_linear:
-                found.append(System(LINEAR, "llm", of_linear[client.name].update_Ld))
-            if of_linear_refined:
-                found.append(System(f"{LINEAR}_refined", "llm", of_linear_refined[client.name]))
-        work += [(system, client) for system in found]
-    return work
-
-
-def load_shadows(study: Study, model: GradTransformer) -> Shadows:
-    """The last updates of all shadows, standardised as the Grad-Transformer's input is."""
-    jobs = {side: study.shadow_jobs(side) for side in study.roots}
-    sets = {}
-    for validation in (False, True):
-        chosen = [
-            i for i, shadow in enumerate(study.shadows) if shadow.validation == validation and not shadow.tinylm_only
-        ]
-        last = {side: torch.stack([study.store.read(jobs[side][i].key)[0][-1] for i in chosen]) for side in study.roots}
-        sets[validation] = ShadowSet(
-            last["tinylm"],
-            last["llm"],
-            model.standard_S(last["tinylm"]).flatten(1),
-            [study.shadows[i].task for i in chosen],
-            [study.shadows[i].domain for i in chosen],
-        )
-    return Shadows(sets[False], sets[True])
 
 
 @contextmanager

@@ -96,6 +96,27 @@ def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], refer
     return _svg(title, draw, INCHES)
 
 
+def fans(title: str, labels: Sequence[str], lines: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
+    """Scores of systems over conditions: a light line for each client, a bold one for their mean (Figures 5 and 6).
+
+    Args:
+        labels: of the conditions.
+        lines: of each system, a score for each condition for each client.
+    """
+
+    def draw(axes: Any) -> None:
+        for (system, clients), role in zip(lines.items(), ("tuned", "ours", "base", "control"), strict=False):
+            for client in clients:
+                axes.plot(range(len(labels)), client, linewidth=0.8, alpha=0.35, color=_ink(role))
+            means = [sum(column) / len(column) for column in zip(*clients, strict=True)]
+            axes.plot(range(len(labels)), means, "o-", markersize=4, linewidth=2, color=_ink(role), label=system)
+        axes.set_xticks(range(len(labels)), labels=labels, rotation=30, ha="right")
+        axes.grid(color=_ink("line"), linewidth=0.7)
+        axes.legend(frameon=False, labelcolor=_ink("text"))
+
+    return _svg(title, draw, (INCHES[0], 3.2))
+
+
 def _ink(role: str) -> str:
     return INK[role][0]
 

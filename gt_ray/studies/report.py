@@ -26,6 +26,7 @@ from gt_ray.studies.facts import (
     LIKELIHOOD,
     RATIOS,
     averages_of,
+    bounds_of,
     command_of,
     duration,
     essentials,
@@ -39,9 +40,10 @@ from gt_ray.studies.facts import (
     systems_of,
     walls_of,
 )
-from gt_ray.studies.plots import bars, curves, forest, role_of
+from gt_ray.studies.plots import bars, curves, fans, forest, role_of
 from gt_ray.updates.files import write_atomically
 
+IN_FANS = ("P_S", "ours", "P_T")
 OF_POPULATIONS = RATIOS | LIKELIHOOD | GAP | CERTAINTY
 UNBOUNDED = 10_000  # columns of an output that is no terminal
 
@@ -78,7 +80,7 @@ def print_populations(populations: dict[str, Any]) -> None:
 
 
 def write_html(run_folder: Path) -> Path:
-    """Write `report.html` from `report.json`, and from the Grad-Transformer's history where there is one.
+    """Write `report.html` from `report.json`, and from the Grad-Transformer's history and `bounds.json` where they are.
 
     Raises:
         UserError: `report.json` is not there, a file is damaged, or matplotlib is not installed.
@@ -87,6 +89,7 @@ def write_html(run_folder: Path) -> Path:
     if not isinstance(report, dict):
         raise UserError(f"{run_folder / 'report.json'} is not there or no report; run `gt-ray evaluate` first")
     history = _read(run_folder / "grad_transformer" / "history.json") or []
+    bounds = _read(run_folder / "bounds.json")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -114,10 +117,12 @@ def write_html(run_folder: Path) -> Path:
         first_ratio=next((name for name in grid if name in RATIOS | LIKELIHOOD), None),
         roles=set(map(role_of, systems_of(summary))),
         score_charts=_score_charts(report),
+        mechanism_charts=_mechanism_charts(report),
         intervals=intervals,
         compared=list(dict.fromkeys(name for named in intervals.values() for name in named)),
         forests={task: forest(task, named) for task, named in intervals.items()},
         loss_charts=_loss_charts(history),
+        bounds=bounds_of(bounds) if bounds else None,
         walls=[(stage, duration(wall), 100 * wall / max(walls.values())) for stage, wall in walls.items()],
         total=duration(sum(walls.values())),
         origin=origin_of(report),
@@ -173,6 +178,27 @@ def _error(rows: Sequence[Mapping[str, Any]], system: str) -> float | None:
     ses = [finite(row.get("se")) for row in rows if row.get("system") == system]
     known = [se for se in ses if se is not None]
     return math.hypot(*known) / len(known) if known and len(known) == len(ses) else None
+
+
+def _mechanism_charts(report: Mapping[str, Any]) -> dict[str, Markup]:
+    """Title -> each task's scores over the clients' learning mechanisms, where there are several."""
+    found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    labels = list(dict.fromkeys(str(row["label"]) for row in report.get("rows") or [] if "label" in row))
+    for row in report.get("rows") or []:
+        if "label" in row and row["system"] in IN_FANS:
+            client = str(row["client"]).removesuffix(str(row["label"]).replace(" ", "-"))
+            systems = found.setdefault(row["task"], {})
+            systems.setdefault(row["system"], {}).setdefault(client, {})[str(row["label"])] = row["score"]
+    charts = {}
+    for task, systems in found.items() if len(labels) > 1 else ():
+        lines = {
+            system: [[scores[label] for label in labels] for scores in systems[system].values()]
+            for system in IN_FANS
+            if system in systems and all(len(scores) == len(labels) for scores in systems[system].values())
+        }
+        title = f"{task}, by the clients' learning mechanism"
+        charts[title] = fans(title, labels, lines)
+    return charts
 
 
 def _loss_charts(history: Sequence[Mapping[str, Any]]) -> dict[str, Markup]:

@@ -7,11 +7,11 @@ import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from gt_ray.config import Config, PopulationName
+from gt_ray.config import Config, Mechanism, PopulationName, mechanism_label
 from gt_ray.errors import UserError, require
 from gt_ray.tasks import TASKS, Row
 from gt_ray.tasks.embedded import DOMAINS, scenarios
@@ -27,6 +27,9 @@ class Client:
     Attributes:
         domain: of its rows; `a+b` for a mixture.
         steps: optimizer steps of its fine-tune, as a multiple of a shadow's.
+        mechanism: of the TinyLM's fine-tune.
+        label: the mechanism in words, where the study has several.
+        number: among the clients of its task and kind.
     """
 
     name: str
@@ -36,6 +39,27 @@ class Client:
     test: list[int]
     population: PopulationName = "seen"
     steps: int = 1
+    mechanism: Mechanism = "sft"
+    label: str = ""
+    number: int = 0
+
+    @property
+    def kind(self) -> str:
+        """Its population and, where a study has several, its mechanism: what a table has a column for."""
+        return f"{self.population}, {self.label}" if self.label else self.population
+
+
+@dataclass(frozen=True)
+class Group:
+    """Clients whose updates are pooled into one adapter."""
+
+    name: str
+    members: tuple[Client, ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Of its members."""
+        return tuple(dict.fromkeys(client.task for client in self.members))
 
 
 @dataclass
@@ -49,6 +73,16 @@ class TaskData:
 
     pools: dict[tuple[str, str], list[Row]]
     clients: list[Client] = field(default_factory=list)
+
+    def groups(self, joint: Literal["none", "task", "tasks"]) -> list[Group]:
+        """The groups of clients that `clients.joint` makes; a client is in one of them."""
+        if joint == "none":
+            return [Group(client.name, (client,)) for client in self.clients]
+        members: dict[str, list[Client]] = {}
+        for client in self.clients:
+            first = client.task if joint == "task" else str(client.number)
+            members.setdefault(f"{first}-{client.kind}".replace(", ", "-").replace(" ", "-"), []).append(client)
+        return [Group(name, tuple(found)) for name, found in members.items()]
 
     def kinds(self) -> list[tuple[str, str]]:
         """All (task, domain) of the public training rows; the tasks take turns."""
@@ -82,8 +116,23 @@ def load_data(config: Config) -> TaskData:
     """
     if unknown := [task for task in config.data.tasks if task not in TASKS]:
         raise UserError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
-    if config.data.source == "embedded":
-        return _embedded(config)
+    found = _embedded(config) if config.data.source == "embedded" else _loaded(config)
+    return TaskData(found.pools, _by_mechanisms(config, found.clients))
+
+
+def _by_mechanisms(config: Config, clients: list[Client]) -> list[Client]:
+    """Each client once for each mechanism."""
+    if not config.clients.mechanisms:
+        return [replace(client, mechanism=config.pair.tinylm.fine_tune.mechanism) for client in clients]
+    labels = {mechanism_label(one): one for one in config.clients.mechanisms}
+    return [
+        replace(client, name=f"{client.name}-{label.replace(' ', '-')}", mechanism=one, label=label)
+        for label, one in labels.items()
+        for client in clients
+    ]
+
+
+def _loaded(config: Config) -> TaskData:
     pools: dict[tuple[str, str], list[Row]] = {}
     clients: list[Client] = []
     for task in config.data.tasks:
@@ -193,7 +242,7 @@ def _split(
                 f"{wanted} (curation.samples={config.curation.samples}); use fewer clients, or lower curation.samples"
             )
         test, train = test[: config.evaluation.test_rows], train[:wanted]
-        clients.append(Client(f"{task}-{name}-{c}", task, "", train, test, name, POPULATIONS[name].steps))
+        clients.append(Client(f"{task}-{name}-{c}", task, "", train, test, name, POPULATIONS[name].steps, number=c))
     for split in PUBLIC:
         if not pools[task, split]:
             raise UserError(f"{task}: {len(rows)} rows leave {split} empty; add rows")
@@ -225,16 +274,16 @@ def _embedded(config: Config) -> TaskData:
             assert n_private is not None
             for c in range(config.clients.per_task):
                 # Neighbouring tasks start at another domain, so that few clients still cover all of them.
-                own = choices[(c + number) % len(choices)]
+                own = choices[(number if config.clients.same_domain else c + number) % len(choices)]
                 owned = {}
                 for split, n in (("private", n_private), ("test", n_test)):
                     pool = pools[task, split]
                     owned[split] = list(range(len(pool), len(pool) + n))
                     pool += _take(streams[split], n, own)
-                steps = population.steps
-                clients.append(
-                    Client(f"{task}-{name}-{c}", task, "+".join(own), owned["private"], owned["test"], name, steps)
+                client = Client(
+                    f"{task}-{name}-{c}", task, "+".join(own), owned["private"], owned["test"], name, number=c
                 )
+                clients.append(replace(client, steps=population.steps))
     return TaskData(pools, clients)
 
 

@@ -1,11 +1,13 @@
 """Inputs of the behaviour loss: TinyLM updates that no one has fine-tuned, made of those of the shadows.
 
-- Shadows of one kind (task and domain) differ by noise: their rows, their order. (2a + 2b - c) / 3 of three of them has
-  the mean of the kind and the noise of a single shadow (4/9 + 4/9 + 1/9 = 1), and is new each time, so that the network
-  cannot learn shadows by heart.
+- Shadows of one kind (task, domain and learning mechanism) differ by noise: their rows, their order. (2a + 2b - c) / 3
+  of three of them has the mean of the kind and the noise of a single shadow (4/9 + 4/9 + 1/9 = 1), and is new each
+  time, so that the network cannot learn shadows by heart.
 - Shadows of a mixture differ in its shares, so they get the noise of a kind of their task instead: a + t (b - c).
-- Convex mixtures of two such updates fill the space between the kinds; their rows are mixed alike.
+- Convex mixtures of two such updates fill the space between the kinds; their rows are mixed alike. So are means over
+  all tasks, as clients of different tasks are pooled, where the settings say so.
 - Some are made larger, as updates of clients are that fine-tune for longer than a shadow.
+- Where the settings say so, they get Gaussian noise, as a private mechanism of the clients adds.
 """
 
 from __future__ import annotations
@@ -18,14 +20,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gt_ray.config import BehaviourSettings
 from gt_ray.training.behaviour import Draw
 
 MIXED_SHADOWS = 0.25
 """Share of the inputs that are made of shadows of a mixture, where there are some."""
 MOST_NOISE = 0.7
 """Largest t."""
+NOISY = 0.5
+"""Share of the inputs that get noise, where the settings say so."""
 SCALED, LARGEST_SCALE = 0.3, 1.75
 """Share of the inputs that are made larger, and up to how much."""
+
+
+Kind = tuple[str, str]
+"""Domain and learning mechanism of a shadow."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +52,23 @@ class Inputs:
     Args:
         S_KLd: updates.
         task_K: number of the task of each.
-        domain_K: its domain, `a+b` for a mixture.
+        kind_K: its domain, `a+b` for a mixture, and its learning mechanism.
         shadow_K: number of the shadow in the plan.
     """
 
-    def __init__(self, S_KLd: Tensor, task_K: Sequence[int], domain_K: Sequence[str], shadow_K: Sequence[int]) -> None:
+    def __init__(self, S_KLd: Tensor, task_K: Sequence[int], kind_K: Sequence[Kind], shadow_K: Sequence[int]) -> None:
         self.S_KLd, self.shadow_K = S_KLd, list(shadow_K)
-        self.kinds: dict[tuple[int, str], list[int]] = {}
-        for k, kind in enumerate(zip(task_K, domain_K, strict=True)):
-            self.kinds.setdefault(kind, []).append(k)
+        self.rms = float(S_KLd.square().mean().sqrt())
+        self.kinds: dict[tuple[int, str, str], list[int]] = {}
+        for k, (task, (domain, mechanism)) in enumerate(zip(task_K, kind_K, strict=True)):
+            self.kinds.setdefault((task, domain, mechanism), []).append(k)
+        self.tasks = sorted({task for task, _, _ in self.kinds})
         self.pure = [kind for kind in self.kinds if "+" not in kind[1]]
         self.mixed = [kind for kind in self.kinds if "+" in kind[1]]
 
     @classmethod
-    def of(cls, batches: Iterable[dict[str, Tensor]], domains: Sequence[str]) -> Inputs:
-        """From the batches that `load_input_batch` makes; `domains` are those of all shadows of the plan."""
+    def of(cls, batches: Iterable[dict[str, Tensor]], kinds: Sequence[Kind]) -> Inputs:
+        """From the batches that `load_input_batch` makes; `kinds` are those of all shadows of the plan."""
         S, task, shadow = ([batch[name] for batch in batches] for name in ("S", "task", "shadow"))
         shadows = torch.cat(shadow).tolist()
         order = sorted(range(len(shadows)), key=shadows.__getitem__)  # whatever order the batches came in
@@ -65,22 +76,21 @@ class Inputs:
         return cls(
             torch.cat(S).float()[order],
             [tasks[i] for i in order],
-            [domains[shadows[i]] for i in order],
+            [kinds[shadows[i]] for i in order],
             [shadows[i] for i in order],
         )
 
-    def draw(self, G: int, rows: int, mix: float, rng: random.Random) -> tuple[Tensor, list[Draw]]:
-        """G inputs [G, L, d], and the rows that each is tried on.
-
-        Args:
-            rows: of each.
-            mix: share of the inputs that are mixtures of two.
-        """
+    def draw(self, G: int, settings: BehaviourSettings, rng: random.Random) -> tuple[Tensor, list[Draw]]:
+        """G inputs [G, L, d], and the rows that each is tried on."""
         updates, draws = [], []
         for _ in range(G):
             first = self._member(rng)
             parts = [(1.0, first)]
-            if rng.random() < mix:
+            if settings.across and rng.random() < settings.across:
+                others = [task for task in self.tasks if task != first.task]
+                members = [first, *(self._member(rng, task) for task in rng.sample(others, len(others)))]
+                parts = [(1 / len(members), member) for member in members]
+            elif rng.random() < settings.mix:
                 share = rng.random()
                 parts = [(share, first), (1 - share, self._member(rng, first.task))]
             update_Ld = torch.zeros_like(self.S_KLd[0])
@@ -89,8 +99,16 @@ class Inputs:
                     update_Ld += share * weight * self.S_KLd[k]
             if rng.random() < SCALED:
                 update_Ld *= math.exp(rng.uniform(0, math.log(LARGEST_SCALE)))
+            if settings.noise and rng.random() < NOISY:
+                ratio = rng.uniform(0, settings.noise)
+                generator = torch.Generator().manual_seed(rng.randrange(2**62))
+                noise_Ld = torch.randn(update_Ld.shape, generator=generator).to(update_Ld.device)
+                # AdamW's steps are as large with noise as without, so a noisy update is no larger than another.
+                update_Ld = (update_Ld + ratio * self.rms * noise_Ld) / math.sqrt(1 + ratio**2)
             updates.append(update_Ld)
-            chosen = rng.choices([member.rows_of for _, member in parts], [share for share, _ in parts], k=rows)
+            chosen = rng.choices(
+                [member.rows_of for _, member in parts], [share for share, _ in parts], k=settings.rows
+            )
             draws.append([(self.shadow_K[rng.choice(rows_of)], rng.randrange(2**31)) for rows_of in chosen])
         return torch.stack(updates), draws
 

@@ -35,12 +35,12 @@ class Generated:
     """An update as it was generated, and what it was generated from.
 
     Attributes:
-        task: whose public rows are the prompts.
+        tasks: whose public rows are the prompts.
         generator: fingerprint of the Grad-Transformer.
         share: of proxy-tuning in its teacher.
     """
 
-    task: str
+    tasks: tuple[str, ...]
     generator: str
     update_Ld: Tensor
     update_S_Ld: Tensor
@@ -111,14 +111,14 @@ def _made_by(study: Study, wanted: Sequence[Generated]) -> list[dict[str, Any]]:
     }
     prompts = {
         task: fingerprint(task, study.data.rows(task, SPLIT, _positions(study, task)))
-        for task in {one.task for one in wanted}
+        for task in {task for one in wanted for task in one.tasks}
     }
     return [
         {
             **common,
             "generator": one.generator,
             "update_S": hashlib.sha256(one.update_S_Ld.numpy().tobytes()).hexdigest(),
-            "prompts": prompts[one.task],
+            "prompts": prompts[one.tasks[0]] if len(one.tasks) == 1 else [prompts[task] for task in one.tasks],
         }
         for one in wanted
     ]
@@ -145,7 +145,7 @@ class _Actor:
     def refine(self, group: list[int], wanted: list[Generated]) -> tuple[list[int], Any]:
         """The group as it was given, and its refined updates [G, L, d] as a numpy array."""
         settings = self.study.config.grad_transformer.refinement
-        samples = [self._samples(one.task) for one in wanted]
+        samples = [self._samples(one.tasks) for one in wanted]
 
         def work(part: slice) -> Tensor:
             return refine(
@@ -167,10 +167,14 @@ class _Actor:
                 "or set pair.llm.gradient_checkpointing=true"
             ) from error
 
-    def _samples(self, task: str) -> list[Any]:
+    def _samples(self, tasks: Sequence[str]) -> list[Any]:
+        """Rows for all steps; those of several tasks take turns."""
         from gt_ray.learning.samples import encode
         from gt_ray.tasks import TASKS
 
-        rows = self.study.data.rows(task, SPLIT, _positions(self.study, task))
         length = model_settings(self.study.config, "llm").fine_tune.max_length
-        return encode(self.tokenizer, TASKS[task], rows, length, f"public rows of {task}")
+        found = []
+        for task in tasks:
+            rows = self.study.data.rows(task, SPLIT, _positions(self.study, task))
+            found.append(encode(self.tokenizer, TASKS[task], rows, length, f"public rows of {task}"))
+        return [found[i % len(found)][i] for i in range(len(found[0]))]

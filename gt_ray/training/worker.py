@@ -28,7 +28,7 @@ from gt_ray.grad_transformer.phi import phi_files, pretrained_name
 from gt_ray.grad_transformer.several import SeveralPairs
 from gt_ray.training.behaviour import Draw, LlmActors
 from gt_ray.training.checkpoint import load_buffers, load_weights, restore, save, shaped, start_files
-from gt_ray.training.inputs import Inputs
+from gt_ray.training.inputs import Inputs, Kind
 from gt_ray.training.meter import Meter
 from gt_ray.training.shards import ShardFiles, average, swap_averages
 from gt_ray.training.strategies import Groups, Strategy, construction, start_strategy
@@ -61,7 +61,7 @@ class Task:
     first: int
     steps: int
     checkpoint_steps: int
-    domains: list[str]
+    kinds: list[Kind]
     llms: list[LlmActors]
     progress: str
     tracker: tuple[str, Path, str, dict[str, Any]]
@@ -86,7 +86,7 @@ def train_worker(config: dict[str, Any]) -> None:
             done = progress["step"]
     of_pairs = task.llms or itertools.repeat(None, P)
     validations = [Validation(_validation_tuples(i, device), llm, rank == 0) for i, llm in enumerate(of_pairs)]
-    inputs = [Inputs.of(list(_batches(f"inputs-{i}", 64, device)), task.domains) for i in range(len(task.llms))]
+    inputs = [Inputs.of(list(_batches(f"inputs-{i}", 64, device)), task.kinds) for i in range(len(task.llms))]
     # Ray Data may have more batches than there are steps, by rounding; behaviour needs none.
     batches: Iterator[dict[str, Tensor]] = itertools.repeat({})
     if task.phase == "tuples":
@@ -108,7 +108,7 @@ def train_worker(config: dict[str, Any]) -> None:
             else:
                 behaviour, rng = settings.behaviour, random.Random(step_seed)
                 mine = behaviour.adapters // world
-                drawn = inputs[i].draw(mine, behaviour.rows, behaviour.mix, rng)
+                drawn = inputs[i].draw(mine, behaviour, rng)
                 passes = [partial(behaviour_loss, partial(strategy, i), pairs[i], *drawn, task.llms[i])]
             losses.append(strategy.optimize(passes, rates(task, step)))
             meter.count(pairs[i], mine)

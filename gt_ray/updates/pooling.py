@@ -14,7 +14,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
+
+from gt_ray.errors import UserError
+from gt_ray.pairs.root import Root
 
 Pooling = Literal["mean", "sum", "clip", "median", "trimmed_mean"]
 TRIM = 0.2
@@ -44,3 +48,35 @@ def pool(updates_NLd: Tensor, how: Pooling = "mean", mean_Ld: Tensor | None = No
     share_N11 = (norm_N11.quantile(0.5) / norm_N11.clamp(min=1e-12)).clamp(max=1)
     clipped_Ld: Tensor = mean_Ld + (share_N11 * from_mean_NLd).mean(0)
     return clipped_Ld
+
+
+def pool_products(updates_NLd: Tensor, root: Root) -> Tensor:
+    """Pool N updates of LoRA [N, L, d] by the products that they stand for, mean of B_i A_i, instead of by factors.
+
+    The mean has rank N r at most; its best approximation of rank r is factored anew so that its A is as near as can be
+    to the mean of the clients' A: they have left the root's A0 together, and one client alone comes out as it went in.
+
+    Raises:
+        UserError: the updates are not of LoRA.
+    """
+    if not root.is_plain_lora:
+        raise UserError("products are pooled of LoRA's factors only (pair.tinylm.lora.kind=lora)")
+    layout, initial = root.layout, root.initial
+    clients = [layout.to_tensors(update_Ld) for update_Ld in updates_NLd]
+    pooled = {}
+    for module in root.modules:
+        a_name, b_name = f"{module}.lora_A", f"{module}.lora_B"
+        a_Nri = torch.stack([initial[a_name] + one[a_name] for one in clients]).double()
+        b_Nor = torch.stack([initial[b_name] + one[b_name] for one in clients]).double()
+        rank = a_Nri.shape[1]
+        # The mean product is wide @ tall; its SVD by QR of both, whose small core alone is decomposed.
+        wide_oR = b_Nor.permute(1, 0, 2).flatten(1) / len(clients)
+        tall_Ri = a_Nri.flatten(0, 1)
+        q_oR, upper = torch.linalg.qr(wide_oR)
+        q_iR, lower = torch.linalg.qr(tall_Ri.T)
+        u, s, vh = torch.linalg.svd(upper @ lower.T)
+        left_or, right_ri = q_oR @ (u[:, :rank] * s[:rank]), vh[:rank] @ q_iR.T
+        gauge_rr = a_Nri.mean(0) @ right_ri.T
+        pooled[a_name] = (gauge_rr @ right_ri - initial[a_name]).float()
+        pooled[b_name] = (left_or @ torch.linalg.pinv(gauge_rr) - initial[b_name]).float()
+    return layout.to_array(pooled)

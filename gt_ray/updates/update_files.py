@@ -130,7 +130,22 @@ def parse_update(content: bytes, root: Root, where: str = "update") -> tuple[Ten
         raise UserError(f"{where} is damaged or no safetensors file: {error}") from error
     update_Ld = root.layout.to_array({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
     check_finite(update_Ld, where)
+    _check_norm(update_Ld, info.mechanism, where)
     return update_Ld, info
+
+
+def _check_norm(update_Ld: Tensor, mechanism: Mapping[str, Any], where: str) -> None:
+    """Refuse an update that is larger than the bound and the noise that its mechanism states (noisy_erm)."""
+    if "update_norm" not in mechanism:
+        return
+    bound, noise = mechanism["update_norm"], mechanism.get("noise", 0.0)
+    # The norm of Gaussian noise on so many numbers is hardly ever more than five deviations from their root.
+    most = bound + noise * (math.sqrt(update_Ld.numel()) + 5)
+    if (norm := float(update_Ld.norm())) > 1.001 * most:
+        raise UserError(
+            f"{where} states an update_norm of {bound:g} and noise of {noise:g}, so its norm is {most:.3g} at most, "
+            f"but it is {norm:.3g}: what it states of its privacy does not hold"
+        )
 
 
 def largest_file(root: Root) -> int:
@@ -195,10 +210,8 @@ def _info(metadata: Mapping[str, str], where: str) -> UpdateInfo:
             raise ValueError("samples is no number of rows")
         if not MECHANISM.fullmatch(str(mechanism.get("name"))):
             raise ValueError("mechanism has no name, or one that is none")
-        for key in ("epsilon", "delta"):
-            if key in mechanism and not (
-                type(mechanism[key]) in (int, float) and 0 <= float(mechanism[key]) < math.inf
-            ):
+        for key, most in (("epsilon", math.inf), ("delta", 1.0), ("noise", math.inf), ("update_norm", math.inf)):
+            if key in mechanism and not (type(mechanism[key]) in (int, float) and 0 < float(mechanism[key]) < most):
                 raise ValueError(f"mechanism states a {key} that is none")
     except (KeyError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{where}: metadata is incomplete: {error}") from error

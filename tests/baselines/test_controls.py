@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gt_ray.baselines.controls import CONTROLS, LAMBDAS, Ridge, Shadows, ShadowSet
+from gt_ray.baselines.controls import CONTROLS, LAMBDAS, DomainClassifier, Ridge, Shadows, ShadowSet, oracle_domain
 
 TASKS = ["drop", "drop", "samsum", "drop", "samsum", "drop", "samsum", "drop"]
 DOMAINS = ["north", "south", "north", "north", "south", "south", "north", "south"]
@@ -21,10 +21,10 @@ def shadow_set(K: int, seed: int, noise: float = 0.1) -> ShadowSet:
     S_KLd = torch.randn(K, L_S, D_S, generator=generator)
     linear_PQ = torch.randn(L_S * D_S, L_T * D_T, generator=torch.Generator().manual_seed(99))
     T_KQ = S_KLd.flatten(1) @ linear_PQ + 5 + noise * torch.randn(K, L_T * D_T, generator=generator)
-    return ShadowSet(S_KLd, T_KQ.view(K, L_T, D_T), 2 * S_KLd.flatten(1), TASKS[:K], DOMAINS[:K])
+    return ShadowSet(T_KQ.view(K, L_T, D_T), 2 * S_KLd.flatten(1), TASKS[:K], DOMAINS[:K])
 
 
-SHADOWS = Shadows(shadow_set(8, seed=0), shadow_set(5, seed=1))
+SHADOWS = Shadows(shadow_set(8, seed=0), shadow_set(5, seed=1), shadow_set(8, seed=0))
 CLIENT_P = torch.randn(L_S * D_S, generator=torch.Generator().manual_seed(2))
 
 
@@ -103,14 +103,14 @@ def test_ridge_takes_the_penalty_that_predicts_the_validation_shadows_best() -> 
 
 def test_ridge_finds_a_linear_map_and_shrinks_to_the_mean_where_there_is_none() -> None:
     exact = shadow_set(8, seed=0, noise=0.0)
-    linear = Shadows(exact, shadow_set(5, seed=1, noise=0.0))
+    linear = Shadows(exact, shadow_set(5, seed=1, noise=0.0), exact)
     assert linear.ridge.penalty == min(LAMBDAS)
     torch.testing.assert_close(linear.ridge(exact.z_S_KP), exact.T_KLd.flatten(1), rtol=1e-2, atol=1e-2)
     generator = torch.Generator().manual_seed(3)
     unrelated = [shadow_set(K, seed=K) for K in (8, 5)]
     for shadows in unrelated:
         shadows.z_S_KP = torch.randn(shadows.z_S_KP.shape, generator=generator)
-    assert Shadows(*unrelated).ridge.penalty > 1
+    assert Shadows(*unrelated, unrelated[0]).ridge.penalty > 1
 
 
 def test_equal_or_single_shadows_predict_their_mean() -> None:
@@ -128,3 +128,42 @@ def test_a_task_that_no_shadow_has_falls_back_on_all_shadows() -> None:
 def test_every_control_predicts_a_t_update(name: str) -> None:
     found = CONTROLS[name](SHADOWS, CLIENT_P, "drop")
     assert found.shape == (L_T, D_T) and found.dtype == torch.float32 and bool(torch.isfinite(found).all())
+
+
+def noisy_domains(K: int, seed: int) -> ShadowSet:
+    """Shadows of two domains that differ a little in the first coordinate and vary a lot in the second."""
+    generator = torch.Generator().manual_seed(seed)
+    z_KP = torch.randn(K, 5, generator=generator) * torch.tensor([0.1, 10.0, 1.0, 1.0, 1.0])
+    domains = ["north", "south"] * (K // 2)
+    z_KP[::2, 0] += 1
+    return ShadowSet(torch.arange(K)[:, None, None].float(), z_KP, ["drop"] * K, domains)
+
+
+def test_the_classifier_is_linear_discriminant_analysis() -> None:
+    shadows, new = noisy_domains(60, 0), noisy_domains(40, 1)
+    classifier = DomainClassifier(shadows, penalty=1.0)
+    means = {
+        domain: shadows.z_S_KP[[k for k in range(60) if shadows.domains[k] == domain]].double().mean(0)
+        for domain in ("north", "south")
+    }
+    within = torch.zeros(5, 5, dtype=torch.float64)
+    for z_P, domain in zip(shadows.z_S_KP.double(), shadows.domains, strict=True):
+        within += torch.outer(z_P - means[domain], z_P - means[domain]) / 60
+    precision = torch.linalg.inv(within + 0.01 * within.diagonal().mean() * torch.eye(5))
+    right = 0
+    for z_P, domain in zip(new.z_S_KP, new.domains, strict=True):
+        away = {name: z_P.double() - mean for name, mean in means.items()}
+        expected = min(away, key=lambda name: float(away[name] @ precision @ away[name]))
+        assert classifier(z_P, "drop") == expected
+        right += expected == domain
+    assert right > 35
+
+
+def test_domain_classifier_takes_the_mean_of_the_domain_that_it_names() -> None:
+    training, validation = noisy_domains(60, 0), noisy_domains(40, 1)
+    shadows = Shadows(training, validation, training)
+    client_P = torch.tensor([1.0, 20.0, 0, 0, 0])  # of north, though nearer to any shadow with as large a second number
+    found = CONTROLS["domain_classifier"](shadows, client_P, "drop")
+    torch.testing.assert_close(found, training.T_KLd[::2].mean(0))
+    torch.testing.assert_close(oracle_domain(shadows, "drop", "south"), training.T_KLd[1::2].mean(0))
+    assert oracle_domain(shadows, "drop", "west") is None

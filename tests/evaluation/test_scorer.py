@@ -10,8 +10,8 @@ import torch
 
 from gt_ray.config import EvaluationSettings, ModelSettings
 from gt_ray.evaluation.scorer import System, TransformersScorer
-from gt_ray.learning.engine import Engine, FineTuned, TrainingSet
-from gt_ray.learning.samples import encode
+from gt_ray.learning.engine import Engine, FineTuned
+from gt_ray.learning.samples import TrainingSet, encode
 from gt_ray.learning.stacked import stacked
 from gt_ray.pairs.models import load_model, load_tokenizer
 from gt_ray.pairs.root import make_root

@@ -13,8 +13,9 @@ import torch
 
 from gt_ray.config import FineTuneSettings, LoraSettings, ModelSettings, StopSettings
 from gt_ray.errors import UserError
-from gt_ray.learning.engine import Engine, FineTuned, TrainingSet, _step_tokens, clip_per_adapter
-from gt_ray.learning.samples import Sample
+from gt_ray.learning.engine import Engine, FineTuned, _step_tokens
+from gt_ray.learning.mechanisms.base import batch_gradients, clip_per_adapter
+from gt_ray.learning.samples import Sample, TrainingSet
 from gt_ray.pairs.models import load_model
 from gt_ray.pairs.root import Root, make_root
 from tests.conftest import copy_tokenizer
@@ -186,7 +187,7 @@ def test_gradient_checkpointing_keeps_fewer_activations(tmp_path: Path) -> None:
         engine = Engine(load_model(settings), make_root(settings), 1, gradient_checkpointing=checkpointing)
         with engine.losses.short_cuts(), stacked(engine.model, engine.root, 1):
             samples = [[Sample([5] * 40, [7] * 2)] * 4]
-            step = lambda engine=engine, samples=samples: engine._backward(samples, 1)  # noqa: E731
+            step = lambda engine=engine, samples=samples: batch_gradients(engine.losses, samples, 1)  # noqa: E731
             taken.append(training_bytes(step, torch.device("cpu")))
     assert taken[0] / 8 < taken[1] < 0.5 * taken[0]
 
@@ -291,7 +292,8 @@ OUT_OF_MEMORY = """
 import resource, sys, torch
 sys.path.insert(0, sys.argv[2])
 from gt_ray.config import FineTuneSettings, ModelSettings
-from gt_ray.learning.engine import Engine, FineTuned, TrainingSet
+from gt_ray.learning.engine import Engine, FineTuned
+from gt_ray.learning.samples import TrainingSet
 from gt_ray.learning.samples import Sample
 from gt_ray.pairs.models import load_model
 from gt_ray.pairs.root import make_root

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from gt_ray.config import LoraSettings, ModelSettings
 from gt_ray.errors import UserError
-from gt_ray.learning.engine import Engine, TrainingSet
-from gt_ray.learning.samples import encode
+from gt_ray.learning.engine import Engine
+from gt_ray.learning.samples import TrainingSet, encode
 from gt_ray.learning.stacked import add_updates, stacked
 from gt_ray.pairs.models import load_model, load_tokenizer
 from gt_ray.pairs.root import Root, make_root

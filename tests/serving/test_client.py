@@ -18,6 +18,7 @@ from gt_ray.errors import UserError
 from gt_ray.evaluation.scorer import System, TransformersScorer
 from gt_ray.pairs.models import EMBEDDED
 from gt_ray.serving.endpoint import Endpoint, unpack
+from gt_ray.serving.ledger import Ledger
 from gt_ray.serving.sources import open_source
 from gt_ray.tasks import TASKS
 from gt_ray.tasks.embedded import DOMAINS, rows
@@ -77,6 +78,37 @@ def test_root_finetune_send(endpoint: Served, client: Path) -> None:
     assert json.loads((client / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == LLM
     with safe_open(client / "update.safetensors", "pt") as file:  # nothing of this machine is in it
         assert not any(str(client) in text for text in file.metadata().values())
+
+
+@pytest.mark.ray
+def test_private_fine_tunes_state_and_count_what_they_spend(endpoint: Served, client: Path) -> None:
+    """In a process that has Opacus."""
+    from gt_ray.serving.client import finetune, leaving
+
+    done(client, "client", "root", endpoint.url, "-o", "root", token=endpoint.token)
+    private = {"mechanism": {"name": "dp_sgd", "epsilon": 2.0}, "steps": 3, "batch_size": 8}
+    data, out = client / "my.jsonl", client / "private.safetensors"
+    info = finetune(data, "gsm8k", out, client / "root", **private)
+    assert info.mechanism["epsilon"] == 2.0 and info.mechanism["sample_rate"] == 8 / 24 and info.mechanism["steps"] == 3
+    _, told = read_update(out, endpoint.root("tinylm"))
+    assert told.privacy == "dp_sgd (epsilon 2, delta 1e-05)" and "mechanism" not in told.fine_tune
+    ledger = Ledger(client / "root")
+    assert ledger.spent(ledger.entries[0]["data"]) == ""
+    lines = data.read_text().split("\n")
+    data.write_text("\n".join(reversed(lines)))  # the same rows in another order
+    finetune(data, "gsm8k", client / "again.safetensors", client / "root", seed=1, **private)
+    assert "2 fine-tunes on these rows have begun here: together they spend epsilon" in (
+        spent := Ledger(client / "root").spent(ledger.entries[0]["data"])
+    )
+    assert 2.0 < float(re.findall(r"epsilon ([\d.]+)", spent)[0]) < 4.0
+    assert leaving([out], client / "root") == [out.read_bytes()]
+    assert not list(client.glob(".*.progress"))
+    with pytest.raises(UserError, match="batches of 64 rows on average, but there are 24"):
+        finetune(data, "gsm8k", out, client / "root", **{**private, "batch_size": 64})
+    refused = gt_ray(
+        client, "client", "finetune", "--data", "my.jsonl", "--task", "gsm8k", "--root", "root", "--epsilon", "0"
+    )
+    assert refused.returncode == 2 and "mechanism.dp_sgd.epsilon: Input should be greater than 0" in refused.stderr
 
 
 @pytest.mark.ray

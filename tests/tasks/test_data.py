@@ -273,3 +273,47 @@ def test_a_fingerprint_tells_task_text_and_order_but_not_other_columns() -> None
 def test_all_of_endless_rows_is_an_error(override: str) -> None:
     with pytest.raises(UserError, match=r"set clients\.samples and evaluation\.test_rows"):
         embedded(override)
+
+
+def joint(*overrides: str) -> TaskData:
+    """Three clients of each of two tasks."""
+    return load_data(
+        load_config(
+            "embedded",
+            [
+                "data.tasks=[drop, samsum]",
+                "data.embedded_rows=64",
+                "clients.samples=4",
+                "evaluation.test_rows=2",
+                *overrides,
+            ],
+        )
+    )
+
+
+def test_clients_of_one_domain_are_still_clients_of_their_own() -> None:
+    data = joint("clients.same_domain=true")
+    for task in ("drop", "samsum"):
+        mine = [client for client in data.clients if client.task == task]
+        assert len({client.domain for client in mine}) == 1
+        owned = [position for client in mine for position in client.private]
+        assert len(set(owned)) == len(owned) == 12
+
+
+def test_each_client_is_there_once_for_each_mechanism_with_the_same_rows() -> None:
+    data = joint("clients.mechanisms=[sft, {name: dp_sgd, epsilon: 0.5, batch_size: 2}]")
+    names = [client.name for client in data.clients if client.task == "drop"]
+    assert names == [*(f"drop-seen-{c}-sft" for c in range(3)), *(f"drop-seen-{c}-epsilon-0.5" for c in range(3))]
+    assert {client.kind for client in data.clients} == {"seen, sft", "seen, epsilon 0.5"}
+    plain, private = (client for client in data.clients if client.name.startswith("drop-seen-1-"))
+    assert plain.private == private.private and plain.mechanism == "sft" and private.mechanism != "sft"
+
+
+def test_groups_are_clients_alone_of_a_task_or_over_tasks() -> None:
+    data = joint("clients.mechanisms=[sft, {name: dp_sgd, batch_size: 2}]")
+    assert [group.name for group in data.groups("none")] == [client.name for client in data.clients]
+    of_task = {group.name: len(group.members) for group in data.groups("task")}
+    assert of_task == {f"{t}-seen-{m}": 3 for t in ("drop", "samsum") for m in ("sft", "epsilon-4")}
+    over_tasks = data.groups("tasks")
+    assert {group.name for group in over_tasks} == {f"{c}-seen-{m}" for c in range(3) for m in ("sft", "epsilon-4")}
+    assert all(group.tasks == ("drop", "samsum") for group in over_tasks)

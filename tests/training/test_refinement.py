@@ -29,7 +29,7 @@ def generated(study: Study, task: str = "gsm8k", generator: str = "a", seed: int
     update_Ld, update_S_Ld = (
         torch.randn(one.L, one.d, generator=torch.Generator().manual_seed(seed)) for one in layouts
     )
-    return Generated(task, generator, update_Ld, update_S_Ld, 0.5)
+    return Generated((task,), generator, update_Ld, update_S_Ld, 0.5)
 
 
 def key(study: Study, one: Generated) -> str:

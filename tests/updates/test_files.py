@@ -177,6 +177,29 @@ def test_a_truncated_or_missing_update_file_is_named(
         read_update(file, root)
 
 
+@pytest.mark.parametrize("stated", [{"epsilon": 0}, {"epsilon": -1.0}, {"delta": 1}, {"delta": 0.0}, {"noise": "much"}])
+def test_a_privacy_that_is_none_is_refused(stated: dict[str, Any], root: Root, tmp_path: Path) -> None:
+    info = dataclasses.replace(INFO, mechanism={**INFO.mechanism, **stated})
+    write_update(tmp_path / "a.safetensors", update_of(root), root, info)
+    with pytest.raises(UserError, match=f"states a {next(iter(stated))} that is none"):
+        read_update(tmp_path / "a.safetensors", root)
+
+
+def test_an_update_larger_than_its_mechanism_allows_is_refused(root: Root, tmp_path: Path) -> None:
+    update_Ld = update_of(root)
+    norm = float(update_Ld.norm())
+    for bound, fits in ((1.01 * norm, True), (0.9 * norm, False)):
+        info = dataclasses.replace(INFO, mechanism={"name": "noisy_erm", "noise": 1e-6, "update_norm": bound})
+        write_update(tmp_path / "a.safetensors", update_Ld, root, info)
+        if fits:
+            read_update(tmp_path / "a.safetensors", root)
+        else:
+            with pytest.raises(
+                UserError, match=r"states an update_norm .* what it states of its privacy does not hold"
+            ):
+                read_update(tmp_path / "a.safetensors", root)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_update_that_is_not_finite_is_never_written(value: float, root: Root, tmp_path: Path) -> None:
     update_Ld = update_of(root)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from gt_ray.updates.pooling import pool
+from gt_ray.config import LoraSettings, ModelSettings
+from gt_ray.errors import UserError
+from gt_ray.pairs.root import Root, make_root
+from gt_ray.updates.pooling import pool, pool_products
 
 UPDATES_NLD = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
 MEAN_LD = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
@@ -68,3 +73,43 @@ def test_bad_clients_cannot_steer_a_robust_pool(how: str, bad: int) -> None:
     attacked_NLd[:bad] = 1e6
     moved = (pool(attacked_NLd, how, torch.zeros(3, 4)) - 1).abs().max()  # type: ignore[arg-type]
     assert moved < (0.5 if how == "clip" else 0.05) < (pool(attacked_NLd) - 1).abs().max()
+
+
+@pytest.fixture(scope="module")
+def lora_root(tiny_pair: tuple[Path, Path]) -> Root:
+    return make_root(ModelSettings(model=str(tiny_pair[1]), dtype="float32"))
+
+
+def _products(update_Ld: Tensor, root: Root) -> dict[str, Tensor]:
+    """B A of every module."""
+    tensors = root.layout.to_tensors(update_Ld)
+    whole = {name: root.initial[name] + tensors[name] for name in root.initial}
+    return {module: whole[f"{module}.lora_B"] @ whole[f"{module}.lora_A"] for module in root.modules}
+
+
+def test_products_are_averaged_and_cut_to_the_best_of_the_rank(lora_root: Root) -> None:
+    updates_NLd = 0.1 * torch.randn(
+        3, lora_root.layout.L, lora_root.layout.d, generator=torch.Generator().manual_seed(0)
+    )
+    found = _products(pool_products(updates_NLd, lora_root), lora_root)
+    clients = [_products(update_Ld, lora_root) for update_Ld in updates_NLd]
+    for module, product in found.items():
+        mean = sum(one[module] for one in clients) / 3
+        u, s, vh = torch.linalg.svd(mean)
+        rank = lora_root.lora.rank
+        torch.testing.assert_close(product, u[:, :rank] * s[:rank] @ vh[:rank], rtol=1e-3, atol=1e-6)
+
+
+def test_products_of_one_client_or_of_equal_ones_come_out_as_they_went_in(lora_root: Root) -> None:
+    update_Ld = 0.1 * torch.randn(lora_root.layout.L, lora_root.layout.d, generator=torch.Generator().manual_seed(1))
+    for n in (1, 3):
+        torch.testing.assert_close(
+            pool_products(update_Ld.expand(n, -1, -1), lora_root), update_Ld, rtol=1e-3, atol=1e-5
+        )
+
+
+def test_products_need_factors(tiny_pair: tuple[Path, Path]) -> None:
+    full = LoraSettings(kind="full", target_modules=("q_proj",))
+    root = make_root(ModelSettings(model=str(tiny_pair[0]), dtype="float32", lora=full))
+    with pytest.raises(UserError, match="of LoRA's factors only"):
+        pool_products(torch.zeros(2, root.layout.L, root.layout.d), root)
