@@ -25,11 +25,13 @@ serve: setup ## the delta-generation endpoint on http://127.0.0.1:8000, with the
 	@test -f runs/embedded-seed0/grad_transformer/config.json || { echo "no checkpoint yet: run make demo first"; exit 2; }
 	.venv/bin/serve run serve_configs/local.yaml
 
-test: lint types ## lint, types and every test but the slow and GPU ones
-	$(RUN) -m pytest -m "not slow and not gpu"
+QUICK := not ray and not vllm and not slow and not gpu
 
-check: lint types ## lint, types and the quick tests (no Ray, no vLLM)
-	$(RUN) -m pytest -m "not ray and not vllm and not slow and not gpu"
+test: check ## lint, types and every test but the slow and GPU ones
+	$(RUN) -m pytest -m "(ray or vllm) and not slow and not gpu"
+
+check: lint types ## lint, types and the quick tests (no Ray, no vLLM), two at once
+	$(RUN) -m pytest -n 2 --dist loadfile -m "$(QUICK)"
 
 test-all: lint types ## lint, types and every test that this machine can run
 	$(RUN) -m pytest $(if $(HAS_GPU),,-m "not gpu")
