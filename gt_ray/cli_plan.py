@@ -27,7 +27,7 @@ def show_plan(config: Config, gpus: str, rates: Rates, as_json: bool) -> None:
         UserError: GPUs that are not known or too few, a model that is known by no config.
     """
     planned = machines(gpus)
-    curation = plan_rows(config, planned.gpu.memory)
+    curation = plan_rows(config, planned.gpu.memory, planned.per_node)
     plan = TrainingPlan(config, planned, say)
     ways, best = plan.table(), plan.best()
     found = {

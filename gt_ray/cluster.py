@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gt_ray.errors import require
@@ -33,7 +33,30 @@ def connect() -> Any:
     return ray
 
 
-def room(num_cpus: float, num_gpus: float, resources: Mapping[str, float]) -> int:
-    """How many actors of so many CPUs and GPUs a cluster of these resources can hold."""
-    needs = {"CPU": num_cpus, "GPU": num_gpus}
-    return min(int(resources.get(name, 0) / number) for name, number in needs.items() if number)
+Nodes = Sequence[Mapping[str, float]]
+"""What each node of a cluster has, by resource."""
+
+
+def nodes() -> Nodes:
+    """Those of the connected cluster."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def total(nodes: Nodes, resource: str) -> float:
+    """What all nodes have together."""
+    return sum(node.get(resource, 0) for node in nodes)
+
+
+def room(num_cpus: float, num_gpus: float, nodes: Nodes) -> int:
+    """How many actors of so many CPUs and GPUs these nodes can hold; each is on one node."""
+    needs = {name: number for name, number in (("CPU", num_cpus), ("GPU", num_gpus)) if number}
+    return sum(min(int(node.get(name, 0) / number) for name, number in needs.items()) for node in nodes)
+
+
+def own_devices() -> list[str]:
+    """The devices of the actor that asks: its GPUs, which are all that it sees, or the CPU."""
+    import ray
+
+    return [f"cuda:{number}" for number in range(len(ray.get_gpu_ids()))] or ["cpu"]

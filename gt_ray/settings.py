@@ -171,7 +171,9 @@ class ModelSettings(Section):
     fine_tune: FineTuneSettings = FineTuneSettings()
     gradient_checkpointing: bool = Field(False, description="less memory for a fine-tune, a third more computing")
     num_gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-        "auto", description="GPUs of one curation worker; auto: by the model's size, none where the cluster has none"
+        "auto",
+        description="GPUs of one curation worker, of one LLM actor; auto: by the model's size, none where the cluster "
+        "has none; over more than one, whole ones of one node, the model's layers are spread",
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gt_ray import cli
-from gt_ray.cluster import connect, room
+from gt_ray.cluster import connect, nodes, own_devices, room, total
 from gt_ray.errors import UserError
 
 
@@ -30,5 +30,25 @@ def test_a_user_error_in_an_actor_ends_the_command_with_one_line_and_exit_2(
 
 
 def test_the_scarcer_resource_says_how_many_actors_there_is_room_for() -> None:
-    assert room(1, 0, {"CPU": 3.0, "GPU": 1.0}) == 3 and room(0, 0.5, {"CPU": 1.0, "GPU": 2.0}) == 4
-    assert room(1, 0.25, {"CPU": 2.0, "GPU": 1.0}) == 2 and room(1, 2, {"CPU": 2.0}) == 0
+    assert room(1, 0, [{"CPU": 3.0, "GPU": 1.0}]) == 3 and room(0, 0.5, [{"CPU": 1.0, "GPU": 2.0}]) == 4
+    assert room(1, 0.25, [{"CPU": 2.0, "GPU": 1.0}]) == 2 and room(1, 2, [{"CPU": 2.0}]) == 0
+
+
+def test_an_actor_is_on_one_node() -> None:
+    cluster = [{"CPU": 4.0}, {"CPU": 8.0, "GPU": 6.0}, {"CPU": 8.0, "GPU": 3.0}]
+    assert total(cluster, "GPU") == 9 and total(cluster, "CPU") == 20
+    assert [room(0, num_gpus, cluster) for num_gpus in (1, 2, 4, 8)] == [9, 4, 1, 0]
+
+
+@pytest.mark.ray
+def test_an_actor_has_the_devices_that_it_asked_for() -> None:
+    import ray
+
+    ray.shutdown()
+    ray.init(num_cpus=1, num_gpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        assert [node["GPU"] for node in nodes()] == [4]
+        found = [ray.get(ray.remote(num_cpus=0, num_gpus=n)(own_devices).remote()) for n in (0, 0.5, 1, 2)]
+        assert found == [["cpu"], ["cuda:0"], ["cuda:0"], ["cuda:0", "cuda:1"]]
+    finally:
+        ray.shutdown()

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from gt_ray.cluster import connect
+from gt_ray.cluster import connect, nodes, room
 from gt_ray.curation.jobs import SIDES, FineTuneJob, model_settings
 from gt_ray.curation.planner import gpus_of_an_actor
 from gt_ray.curation.study import Study
@@ -70,22 +70,21 @@ def _stream(study: Study, jobs: Sequence[FineTuneJob], keys: set[str]) -> Iterat
     ray.data.DataContext.get_current().autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     shared = {"study": ray.put(study), "attempts": start_attempts()}
     at_once, most = study.config.curation.adapters_at_once, study.config.curation.workers
-    resources = ray.cluster_resources()
-    demands = {
-        side: gpus_of_an_actor(model_settings(study.config, side), resources) for side in {job.side for job in jobs}
-    }
+    found = nodes()
+    demands = {side: gpus_of_an_actor(model_settings(study.config, side), found) for side in {job.side for job in jobs}}
     pools = []
     # Models of equal demand share a pool, whose actors change from one model to the next.
     for num_gpus in sorted(set(demands.values()), reverse=True):
         mine = [job for job in jobs if demands[job.side] == num_gpus]
-        room = int(resources.get("GPU", 0) / num_gpus if num_gpus else resources.get("CPU", 1))
-        start = max(1, room if most == "auto" else min(most, room))
+        places = room(0 if num_gpus else 1, num_gpus, found)
+        start = max(1, places if most == "auto" else min(most, places))
         blocks = [block for block in _blocks(mine, at_once, start) if any(job.key in keys for job in block)]
         if not blocks:
             continue
         largest = len(blocks) if most == "auto" else min(most, len(blocks))
+        # A row is a block: on GPUs Ray Data wants a batch size, and would fill up batches of jobs from several blocks.
         tables = [
-            pa.table({"key": [job.key for job in block], "job": [json.dumps(job.as_row()) for job in block]})
+            pa.table({"key": [[job.key for job in block]], "job": [[json.dumps(job.as_row()) for job in block]]})
             for block in blocks
         ]
         dataset = ray.data.from_arrow(tables)
@@ -94,7 +93,7 @@ def _stream(study: Study, jobs: Sequence[FineTuneJob], keys: set[str]) -> Iterat
             dataset.map_batches(
                 FineTuner,
                 fn_constructor_args=({**shared, "num_gpus": num_gpus, "actors": largest},),
-                batch_size=None,
+                batch_size=1,
                 **({"num_gpus": num_gpus} if num_gpus else {"num_cpus": 1}),
                 compute=ray.data.ActorPoolStrategy(
                     min_size=1,

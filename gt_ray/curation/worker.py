@@ -6,6 +6,7 @@ import json
 import time
 from typing import Any
 
+from gt_ray.cluster import own_devices
 from gt_ray.config import FineTuneSettings
 from gt_ray.curation.jobs import HELD_OUT, Side, model_settings
 from gt_ray.curation.study import Study
@@ -58,7 +59,7 @@ class FineTuner:
         torch.set_num_threads(1)
         self.study: Study = ray.get(shared["study"])
         self.shared = shared
-        self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        self.devices = own_devices()
         self.loaded: tuple[Side, Any, Any] | None = None
 
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
@@ -67,6 +68,7 @@ class FineTuner:
         Returns:
             Columns `key` and `error`, which is empty where the unit is in the store.
         """
+        block = {name: list(column[0]) for name, column in block.items()}  # a row is a block
         jobs = [json.loads(text) for text in block["job"]]
         errors = dict.fromkeys(block["key"], "")
         block_name = "start of " + jobs[0]["key"]
@@ -171,7 +173,7 @@ class FineTuner:
 
             self.loaded = None
             settings = model_settings(self.study.config, side)
-            model = load_model(settings, self.device)
+            model = load_model(settings, self.devices)
             engine = Engine(
                 model,
                 self.study.roots[side],
@@ -183,14 +185,18 @@ class FineTuner:
         return self.loaded[1], self.loaded[2]
 
     def _memory_bytes(self) -> int:
-        """What training steps may take: of the GPU this actor's share, of the machine's memory a part."""
+        """What training steps may take: of the GPU this actor's share, of the machine's memory a part; of several GPUs
+        what the fullest has left."""
         import torch
 
-        if self.device.type == "cuda":
+        if self.devices[0] != "cpu":
             share = min(1.0, self.shared["num_gpus"])
-            torch.cuda.set_per_process_memory_fraction(share)
-            total = torch.cuda.get_device_properties(self.device).total_memory
-            return int(GPU_SHARE * share * total) - torch.cuda.memory_allocated()
+            rooms = []
+            for device in map(torch.device, self.devices):
+                torch.cuda.set_per_process_memory_fraction(share, device)
+                total = torch.cuda.get_device_properties(device).total_memory
+                rooms.append(int(GPU_SHARE * share * total) - torch.cuda.memory_allocated(device))
+            return min(rooms)
         import psutil
         import ray
 

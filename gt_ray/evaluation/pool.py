@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from gt_ray.cluster import connect, room
+from gt_ray.cluster import connect, nodes, room, total
 from gt_ray.config import EvaluationSettings, ModelSettings
 from gt_ray.errors import UserError
 from gt_ray.evaluation.results import RowScore
@@ -161,7 +161,7 @@ class EnginePool:
         self.ray = connect()
         num_gpus = kind.settings.num_gpus
         if num_gpus == "auto":
-            num_gpus = kind.settings.vllm.tensor_parallel if self.ray.cluster_resources().get("GPU") else 0
+            num_gpus = kind.settings.vllm.tensor_parallel if total(nodes(), "GPU") else 0
         self.kind = replace(kind, settings=kind.settings.model_copy(update={"num_gpus": num_gpus}))
         self._needs = {"num_cpus": 1.0, **({"num_gpus": num_gpus} if num_gpus else {})}
         self.engines = [self._start() for _ in range(min(workers, self._room()))]
@@ -170,12 +170,12 @@ class EnginePool:
 
     def _room(self) -> int:
         """Engines that the cluster can hold."""
-        total = self.ray.cluster_resources()
-        found = room(self._needs["num_cpus"], self._needs.get("num_gpus", 0), total)
+        there = nodes()
+        found = room(self._needs["num_cpus"], self._needs.get("num_gpus", 0), there)
         if not found:
             raise UserError(
                 f"this Ray cluster has no room for an engine, which takes {self._needs} (evaluation.num_gpus): it has "
-                f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
+                f"{total(there, 'CPU'):g} CPUs and {total(there, 'GPU'):g} GPUs on {len(there)} nodes"
             )
         return found
 

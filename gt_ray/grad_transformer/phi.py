@@ -9,17 +9,22 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from gt_ray.config import PhiSettings
 from gt_ray.errors import UserError
+from gt_ray.pairs.families import known_config
 from gt_ray.pairs.models import resolve, weight_files
 
 if TYPE_CHECKING:
     from transformers import T5Config, T5Model
 
 
-def phi_config(settings: PhiSettings) -> T5Config:
+def phi_config(settings: PhiSettings, by_name: bool = False) -> T5Config:
     """The T5's config: of a pretrained one, or one from scratch by size.
+
+    Args:
+        by_name: of a pretrained one of a known family by its name, of others from a folder that may lack the weights.
 
     Raises:
         UserError: there is no such pretrained T5.
@@ -39,8 +44,10 @@ def phi_config(settings: PhiSettings) -> T5Config:
             feed_forward_proj="gated-gelu",
             relative_attention_max_distance=64,
         )
+    if by_name and (known := known_config(settings.pretrained)) is not None:
+        return known
     try:
-        config: T5Config = T5Config.from_pretrained(resolve(settings.pretrained))
+        config: T5Config = T5Config.from_pretrained(settings.pretrained if by_name else resolve(settings.pretrained))
     except (OSError, ValueError) as error:
         raise UserError(f"grad_transformer.phi.pretrained={settings.pretrained!r}: {error}") from error
     return config
@@ -54,7 +61,15 @@ def phi_of(config: T5Config) -> T5Model:
     config.vocab_size = 1
     phi = T5Model(config)
     phi.shared = phi.encoder.embed_tokens = phi.decoder.embed_tokens = None
+    for name, module in phi.named_modules():
+        if name.endswith("relative_attention_bias"):
+            module.register_forward_hook(_heads_first)
     return phi
+
+
+def _heads_first(_: nn.Module, ids: object, bias_QKH: Tensor) -> Tensor:
+    """Laid out so that T5's permuted view [H, Q, K] is contiguous: memory-efficient attention takes no other bias."""
+    return bias_QKH.permute(2, 0, 1).contiguous().permute(1, 2, 0)
 
 
 def pretrained_name(name: str) -> str | None:

@@ -26,9 +26,10 @@ class Behaviour:
     """Losses of updates of one model, G at a time in one pass.
 
     Args:
-        model: the frozen base model, T.
+        model: the frozen base model, T; its layers may lie on several devices (pairs/devices.py).
         root: of the updates.
-        proxy: S and its root, for the teacher; both models have one vocabulary.
+        proxy: S and its root, for the teacher; both models have one vocabulary. Best on the device of T's LM head,
+            which its logits go to.
         weight: share of the teacher in the loss.
 
     Raises:
@@ -128,14 +129,15 @@ class Behaviour:
         assert self.proxy is not None
         head_T, head_S = self.model.get_output_embeddings(), self.proxy[0].get_output_embeddings()
         logits = head_T(hidden).float()
-        shift = head_S(tuned_S).float() - head_S(hidden_S).float()
+        shift = (head_S(tuned_S).float() - head_S(hidden_S).float()).to(logits.device)
         V = min(logits.shape[-1], shift.shape[-1])  # models pad their vocabularies to other sizes
         log_p = logits.log_softmax(-1)
         said = head_T(hidden_T).float()[:, :V] + shift[:, :V]
         if start_T is not None and share is not None:
+            share = share.to(logits.device)
             said = share[:, None] * said + (1 - share[:, None]) * head_T(start_T).float()[:, :V]
         log_teacher = said.log_softmax(-1)
         divergence = (log_teacher.exp() * (log_teacher - log_p[:, :V])).sum(-1)
-        task = torch.nn.functional.nll_loss(log_p, target, reduction="none")
+        task = torch.nn.functional.nll_loss(log_p, target.to(logits.device), reduction="none")
         loss: Tensor = (1 - self.weight) * task + self.weight * divergence
         return loss

@@ -170,7 +170,7 @@ class Engine:
                 try:
                     self._measured = (
                         tokens,
-                        training_bytes(lambda: batch_gradients(self.losses, batch, 1), self.losses.device),
+                        training_bytes(lambda: batch_gradients(self.losses, batch, 1), *self.losses.devices),
                     )
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):

@@ -43,6 +43,7 @@ def due_tokens_only(model: PreTrainedModel, adapted: Collection[str], due: Calla
 
 
 def _on_due(forward: Callable[[Tensor], Tensor], due: Callable[[], Tensor], x: Tensor) -> Tensor:
-    places_n, flat = due(), x.flatten(0, -2)
+    flat = x.flatten(0, -2)
+    places_n = due().to(x.device)
     part = forward(flat.index_select(0, places_n)[None])[0]
     return flat.new_zeros(len(flat), part.shape[-1]).index_copy(0, places_n, part).view(*x.shape[:-1], -1)

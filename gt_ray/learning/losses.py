@@ -46,6 +46,8 @@ class TargetLosses:
         exchange: whether modules and attention may be exchanged; then losses are computed inside `short_cuts()`.
 
     Attributes:
+        device: of the batches; where a model is spread over several, that of its embedding.
+        devices: all of the model's.
         packs: whether sequences are packed.
         plain_head: whether the logits are the LM head's output as it is, at any choice of tokens.
         plain_norms: whether RMSNorms compute what norms.py does.
@@ -55,7 +57,8 @@ class TargetLosses:
     def __init__(self, model: PreTrainedModel, root: Root | None, exchange: bool = True) -> None:
         self.model, self.adapted = model, root.modules if root else []
         self.pad = model.config.pad_token_id or 0
-        self.device = next(model.parameters()).device
+        self.device = model.get_input_embeddings().weight.device
+        self.devices = list(dict.fromkeys([self.device, *(parameter.device for parameter in model.parameters())]))
         self.packs = self.plain_head = self.plain_norms = self.plain_end = False
         self._due_n = torch.empty(0, dtype=torch.long)
         if root:
@@ -84,7 +87,7 @@ class TargetLosses:
         """Cross-entropy [n] of every target token, float32."""
         if not self.plain_head:
             logits_RTV = self.model(**self._inputs(batch), use_cache=False).logits
-            return _cross_entropy(logits_RTV.flatten(0, 1)[batch.due_n], batch.target_n)
+            return _cross_entropy(logits_RTV.flatten(0, 1)[batch.due_n.to(logits_RTV.device)], batch.target_n)
         head = self.model.get_output_embeddings()
 
         def loss(hidden: Tensor, target: Tensor) -> Tensor:
@@ -95,7 +98,8 @@ class TargetLosses:
     def due_hidden(self, batch: Batch) -> Tensor:
         """What the LM head sees [n, d] where a loss is due; right where `plain_head` is."""
         self._due_n = batch.due_n
-        return self._hidden(batch).index_select(0, batch.due_n)
+        hidden = self._hidden(batch)
+        return hidden.index_select(0, batch.due_n.to(hidden.device))
 
     def in_pieces(self, loss: Callable[..., Tensor], *parts: Tensor) -> Tensor:
         """A loss of each of n tokens, from parts with n rows each; logits of so many at once as memory should hold."""
@@ -178,10 +182,14 @@ class TargetLosses:
 
 
 def sums_by_adapter(loss_n: Tensor, batch: Batch, G: int) -> tuple[Tensor, Tensor]:
-    """Sum of the losses [G] and number of target tokens [G] of each adapter, from the losses of all tokens [n]."""
-    sums_G = torch.zeros(G, device=loss_n.device).index_add(0, batch.adapter_n, loss_n)
-    return sums_G, torch.bincount(batch.adapter_n, minlength=G)
+    """Sum of the losses [G] and number of target tokens [G] of each adapter, from the losses of all tokens [n]; on the
+    batch's device."""
+    adapter_n = batch.adapter_n
+    sums_G = torch.zeros(G, device=adapter_n.device).index_add(0, adapter_n, loss_n.to(adapter_n.device))
+    # Not bincount, for which the CPU would wait until the GPU has counted.
+    counts_G = torch.zeros(G, dtype=torch.long, device=adapter_n.device)
+    return sums_G, counts_G.index_add(0, adapter_n, torch.ones_like(adapter_n))
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits.float(), target, reduction="none")
+    return torch.nn.functional.cross_entropy(logits.float(), target.to(logits.device), reduction="none")

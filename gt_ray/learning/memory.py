@@ -64,15 +64,19 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
 
 
-def training_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a forward and backward pass take above what is held before it: the peak of its tensors."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+def training_bytes(step: Callable[[], object], *devices: torch.device) -> int:
+    """Bytes that a forward and backward pass take above what is held before it: the peak of its tensors; of several
+    devices where it is highest."""
+    if devices[0].type == "cuda":
+        before = {}
+        for device in devices:
+            torch.cuda.synchronize(device)
+            before[device] = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
         step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        for device in devices:
+            torch.cuda.synchronize(device)
+        return max(torch.cuda.max_memory_allocated(device) - held for device, held in before.items())
     with LiveTensors() as live:
         step()
     peak: int = live.peak

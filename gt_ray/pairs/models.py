@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import torch
 
 from gt_ray.config import ModelSettings
 from gt_ray.errors import UserError
+from gt_ray.pairs.devices import Device, bring_inputs, device_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,12 +104,27 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(settings: ModelSettings, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """The frozen base model in its configured dtype, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
+def load_model(settings: ModelSettings, device: Device | Sequence[Device] = "cpu") -> PreTrainedModel:
+    """The frozen base model in its configured dtype, in evaluation mode.
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        resolve(settings.model), dtype=getattr(torch, settings.dtype)
-    )
+    Args:
+        device: several: layers are spread over them (devices.py).
+
+    Raises:
+        UserError: several devices, but transformers does not know the model's layers.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, dtype = resolve(settings.model), getattr(torch, settings.dtype)
+    devices = [device] if isinstance(device, str | torch.device) else list(device)
+    model: PreTrainedModel
+    if len(devices) == 1:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(devices[0])
+    else:
+        with torch.device("meta"):
+            places = device_map(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)), devices)
+        # Weights go from the files to their GPUs; a node's memory may not hold all of them for each of its actors.
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=places)
+        bring_inputs(model, places)
     model.requires_grad_(False)
-    return model.eval().to(device)
+    return model.eval()

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gt_ray.cluster import connect, room
+from gt_ray.cluster import connect, nodes, room, total
 from gt_ray.curation.jobs import model_settings
 from gt_ray.curation.planner import gpus_of_an_actor
 from gt_ray.curation.study import Study
@@ -137,11 +137,11 @@ def draw(study: Study, shadows: Sequence[int], rows: int) -> list[Draw]:
 def _losses(study: Study, update_NLd: Tensor, draws: Sequence[Draw]) -> Losses:
     """Loss [D, B] of every row of every draw, by actors with the LLM."""
     ray = connect()
-    resources = ray.cluster_resources()
-    num_gpus = gpus_of_an_actor(model_settings(study.config, "llm"), resources)
-    most = room(0 if num_gpus else 1, num_gpus, resources)
+    there = nodes()
+    num_gpus = gpus_of_an_actor(model_settings(study.config, "llm"), there)
+    most = room(0 if num_gpus else 1, num_gpus, there)
     if not most:
-        raise UserError(f"the LLM needs {num_gpus:g} GPUs, this Ray cluster has {resources.get('GPU', 0):g}")
+        raise UserError(f"the LLM needs {num_gpus:g} GPUs, this Ray cluster has {total(there, 'GPU'):g}")
     order = sorted(range(len(draws)), key=lambda i: draws[i].task)  # lengths of a task are alike
     groups = [order[first : first + ADAPTERS] for first in range(0, len(order), ADAPTERS)]
     kind = ray.remote(num_cpus=0 if num_gpus else 1, num_gpus=num_gpus, max_restarts=3, max_task_retries=3)(_Actor)

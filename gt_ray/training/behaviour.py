@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gt_ray.cluster import connect
+from gt_ray.cluster import connect, nodes, own_devices, room, total
 from gt_ray.curation.jobs import model_settings
 from gt_ray.curation.planner import gpus_of_an_actor
 from gt_ray.curation.study import Study
@@ -28,17 +28,16 @@ Draw = list[tuple[int, int]]
 
 
 def load_behaviour(study: Study, weight: float) -> Behaviour:
-    """The LLM of a study in an actor, on its GPU where it has one; with the TinyLM where proxy-tuning has a weight."""
-    import ray
-
+    """The LLM of a study in an actor, on its GPUs if it has some; with the TinyLM where proxy-tuning has a weight."""
     from gt_ray.learning.behaviour import Behaviour
     from gt_ray.learning.engine import checkpoint_layers
     from gt_ray.pairs.models import load_model
 
     torch.set_num_threads(1)
-    pair, roots, device = study.config.pair, study.roots, "cuda" if ray.get_gpu_ids() else "cpu"
-    proxy = (load_model(pair.tinylm, device), roots["tinylm"]) if weight else None
-    model = load_model(pair.llm, device)
+    pair, roots = study.config.pair, study.roots
+    model = load_model(pair.llm, own_devices())
+    beside_head = model.get_output_embeddings().weight.device
+    proxy = (load_model(pair.tinylm, beside_head), roots["tinylm"]) if weight else None
     if pair.llm.gradient_checkpointing:
         checkpoint_layers(model)
     return Behaviour(model, roots["llm"], proxy, weight)
@@ -107,18 +106,24 @@ class LlmActors:
             UserError: the cluster has too few GPUs for them and the trainers.
         """
         ray = connect()
-        resources, training = ray.cluster_resources(), studies[0].config.grad_transformer.training
+        found, training = nodes(), studies[0].config.grad_transformer.training
         served = [one.config.pair if training.behaviour.teacher else one.config.pair.llm for one in studies]
         kinds = dict(zip(served, studies, strict=True))
-        num_gpus = {kind: gpus_of_an_actor(model_settings(one.config, "llm"), resources) for kind, one in kinds.items()}
+        num_gpus = {kind: gpus_of_an_actor(model_settings(one.config, "llm"), found) for kind, one in kinds.items()}
         wanted = workers * sum(num_gpus.values()) + (training.min_workers or training.workers) * training.num_gpus
-        if wanted > resources.get("GPU", 0):
+        if wanted > (there := total(found, "GPU")):
             each = " and ".join(f"{number:g}" for number in num_gpus.values())
             raise UserError(
                 f"{workers} LLM actors of {each} GPUs and {training.workers} trainers of {training.num_gpus:g} "
-                f"need {wanted:g} GPUs, but this Ray cluster has {resources.get('GPU', 0):g}; lower behaviour.workers, "
+                f"need {wanted:g} GPUs, but this Ray cluster has {there:g}; lower behaviour.workers, "
                 "training.num_gpus or pair.llm.num_gpus"
             )
+        for number in num_gpus.values():
+            if number > 1 and (places := room(0, number, found)) < workers:
+                raise UserError(
+                    f"{workers} LLM actors of {number:g} GPUs of one node each, but the nodes of this Ray cluster have "
+                    f"room for {places}; lower behaviour.workers"
+                )
         started = {}
         for kind, study in kinds.items():
             actor = ray.remote(num_cpus=0, num_gpus=num_gpus[kind], max_restarts=3, max_task_retries=3)(LlmActor)

@@ -115,8 +115,8 @@ def start_files(starts: Sequence[Path]) -> list[ShardFiles]:
     return [ShardFiles(weight_files(start), partial(rename, pair=i)) for i, start in enumerate(starts)]
 
 
-def export(checkpoint: Path, starts: Sequence[Path], pair: int, out: Path) -> None:
-    """Write one pair's model as a folder that `GradTransformer.load` reads: the averaged weights where there are.
+def whole_models(checkpoint: Path, starts: Sequence[Path]) -> list[GradTransformer]:
+    """The model of every pair, whole: the averaged weights where there are.
 
     Args:
         starts: the models of all pairs before this phase, for what rested in it.
@@ -126,18 +126,19 @@ def export(checkpoint: Path, starts: Sequence[Path], pair: int, out: Path) -> No
     with ExitStack() as opened:
         sources = [opened.enter_context(files) for files in (shard_files(checkpoint), *start_files(starts))]
         load_weights(model, sources, kinds=(AVERAGE, WEIGHT))
-    _set_buffers(model.pairs[pair], checkpoint, pair)
-    model.pairs[pair].save(out)
+    for i, pair in enumerate(model.pairs):
+        _set_buffers(pair, checkpoint, i)
+    return list(model.pairs)
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a phase has ended with this model; a damaged one is made again."""
+def is_finished(folder: Path, trained_by: str | None = None) -> bool:
+    """Whether a phase, or the training of a key, has ended with this model; a damaged one is made again."""
     try:
-        json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         GradTransformer.load(folder)
     except (OSError, ValueError):  # UserError is a ValueError
         return False
-    return True
+    return trained_by is None or state.get("trained_by") == trained_by
 
 
 def _set_buffers(pair: GradTransformer, checkpoint: Path, number: int) -> None:

@@ -131,8 +131,8 @@ class GpuKernels(TorchFunctionMode):
 
     - Dropout keeps a mask of a byte, not of the input's type.
     - Autocast computes powers and inverse roots in float32.
-    - Attention with a bias whose last dimension is contiguous is the memory-efficient kernel; with another (T5's
-      relative positions) PyTorch falls back to plain products in float32.
+    - Attention with a bias whose last dimension is contiguous is the memory-efficient kernel; with another (as T5 lays
+      out its own; phi.py does not) PyTorch falls back to plain products in float32.
     """
 
     def __torch_function__(

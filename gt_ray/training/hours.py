@@ -2,8 +2,8 @@
 
 Rates are shares of what a large matrix product reaches (`MATRIX_PEAK` of the maker's figure), measured on one H200 in
 bf16 (`benchmarks/engine.py`, `training.py`, `generation.py`). A token of a fine-tune takes 4 operations a weight behind
-the embedding (forward, and backward through frozen weights), 6 with gradient checkpointing. Everything here is an
-estimate.
+the embedding (forward, and backward through frozen weights), 6 with gradient checkpointing. The GPUs that a model is
+spread over work in turns, and are held all the time. Everything here is an estimate.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gt_ray.config import Config, ModelSettings
 from gt_ray.curation.planner import TYPICAL_TOKENS, needs, unit_bytes, unit_counts
 from gt_ray.pairs.families import shape_of
 from gt_ray.training.machines import MATRIX_PEAK
-from gt_ray.training.planner import TrainingPlan, Way
+from gt_ray.training.planner import TrainingPlan, Way, gpus_of_a_worker
 from gt_ray.training.sizes import shadow_counts
 
 CURATION_SHARES = ((0.494e9, 0.132), (7.616e9, 0.342))
@@ -95,15 +95,18 @@ class Hours:
         return Stage(seconds / 3600, seconds / 3600 / self.plan.machines.count, how)
 
     def _fine_tune_s(self, model: ModelSettings) -> float:
-        """Of one fine-tune, on one GPU."""
+        """GPU-seconds of one fine-tune."""
         tokens = model.fine_tune.steps * model.fine_tune.batch_size * min(self.rates.tokens, model.fine_tune.max_length)
-        return tokens * operations(model) / (self.rates.share(needs(model).parameters) * self.peak)
+        computing = tokens * operations(model) / (self.rates.share(needs(model).parameters) * self.peak)
+        return computing * max(1, gpus_of_a_worker(model, self.plan.machines))
 
     def _curation(self) -> list[tuple[str, Stage]]:
         found = []
         for model, units in unit_counts(self.config).items():
             each, share = self._fine_tune_s(model), self.rates.share(needs(model).parameters)
+            gpus = gpus_of_a_worker(model, self.plan.machines)
             how = f"{units} fine-tunes of {each / 3600:.2f} h at {share:.3f} of the matrix peak"
+            how += f", each on {gpus:g} GPUs in turns" if gpus > 1 else ""
             found.append((model.model, self._spread(units * each, how)))
         return found
 

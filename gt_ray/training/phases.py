@@ -22,9 +22,10 @@ from typing import Any
 from gt_ray.config import GradTransformerSettings, mechanism_label
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
+from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.progress import bar, say
 from gt_ray.training.behaviour import LlmActors
-from gt_ray.training.checkpoint import HISTORY, STATE, export, is_finished
+from gt_ray.training.checkpoint import HISTORY, STATE, is_finished, whole_models
 from gt_ray.training.joint import joint_key
 from gt_ray.training.tuples import streams
 from gt_ray.training.worker import Phase, Task, train_worker
@@ -162,14 +163,14 @@ def _run(
     score = (lambda pair: pair[1][best_by]) if best else (lambda pair: -pair[1]["step"])
     checkpoint, metrics = min(result.best_checkpoints, key=score)
     with checkpoint.as_directory() as folder:
-        starts = [Path(start) for start in task.starts]
-        for i, out in enumerate(outs):
-            replace_folder(out, partial(_finish, Path(folder), starts, i, metrics))
+        models = whole_models(Path(folder), [Path(start) for start in task.starts])
+        for model, out in zip(models, outs, strict=True):
+            replace_folder(out, partial(_finish, model, Path(folder), metrics))
     shutil.rmtree(home / f"train-{name}", ignore_errors=True)  # checkpoints of a large training are terabytes
 
 
-def _finish(checkpoint: Path, starts: Sequence[Path], pair: int, metrics: Mapping[str, Any], out: Path) -> None:
-    export(checkpoint, starts, pair, out)
+def _finish(model: GradTransformer, checkpoint: Path, metrics: Mapping[str, Any], out: Path) -> None:
+    model.save(out)
     write_atomically(out / HISTORY, (checkpoint / HISTORY).read_bytes())
     write_atomically(out / STATE, json.dumps(dict(metrics)).encode())
 

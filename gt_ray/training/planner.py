@@ -16,7 +16,7 @@ from itertools import product
 
 import torch
 
-from gt_ray.config import Config, TrainingSettings
+from gt_ray.config import Config, ModelSettings, TrainingSettings
 from gt_ray.curation.planner import RESERVE, needs
 from gt_ray.errors import UserError
 from gt_ray.training.fake_step import FakeStep, fake_step
@@ -189,8 +189,7 @@ def _placement(config: Config, machines: Machines) -> Placement:
     behaviour = training.behaviour
     share, sizes = 0.0, [training.batch_size]
     if behaviour.steps:
-        llm = config.pair.llm
-        share = needs(llm).gpu_share(machines.gpu.memory, llm) if llm.num_gpus == "auto" else llm.num_gpus
+        share = gpus_of_a_worker(config.pair.llm, machines)
         sizes.append(behaviour.adapters)
     room = machines.count - share
     most = [n for n in range(1, machines.count + 1) if n <= room and not any(size % n for size in sizes)]
@@ -200,4 +199,22 @@ def _placement(config: Config, machines: Machines) -> Placement:
         )
     trainers = training.workers if training.workers in most and training.workers > 1 else most[-1]
     actors = min(behaviour.adapters, int((machines.count - trainers) / share)) if share else 0
+    if share > 1:  # each on a node of its own GPUs
+        actors = min(actors, machines.nodes * int(machines.per_node // share))
     return Placement(trainers, actors, share)
+
+
+def gpus_of_a_worker(model: ModelSettings, machines: Machines) -> float:
+    """GPUs of a curation worker or an LLM actor: a part of one, one, or several that the model is spread over.
+
+    Raises:
+        UserError: more than a node has.
+    """
+    if model.num_gpus == "auto":
+        return needs(model).gpu_share(machines.gpu.memory, model, machines.per_node)
+    if model.num_gpus > machines.per_node:
+        raise UserError(
+            f"num_gpus={model.num_gpus:g} for {model.model}, but a node has {machines.per_node} GPUs, and a model is "
+            "not spread over nodes"
+        )
+    return model.num_gpus

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gt_ray.baselines.proxy_tuning import require_shared_vocabulary
-from gt_ray.cluster import connect, room
+from gt_ray.cluster import Nodes, connect, nodes, room, total
 from gt_ray.curation.jobs import model_settings
 from gt_ray.curation.planner import gpus_of_an_actor
 from gt_ray.curation.study import Study
@@ -60,7 +60,7 @@ def refine_all(study: Study, wanted: Sequence[Generated]) -> list[Tensor]:
     missing = [i for i, key in enumerate(keys) if not study.store.is_complete(key)]
     if missing:
         ray = connect()
-        num_gpus, most = _room(study, ray.cluster_resources())
+        num_gpus, most = _room(study, nodes())
         kind = ray.remote(num_cpus=0 if num_gpus else 1, num_gpus=num_gpus, max_restarts=3, max_task_retries=3)(_Actor)
         shared = ray.put(study)
         groups = [missing[first : first + settings.adapters] for first in range(0, len(missing), settings.adapters)]
@@ -87,13 +87,13 @@ def are_refined(study: Study, wanted: Sequence[Generated]) -> bool:
     return all(study.store.is_complete(unit_key(content)) for content in _made_by(study, wanted))
 
 
-def _room(study: Study, resources: Mapping[str, float]) -> tuple[float, int]:
+def _room(study: Study, nodes: Nodes) -> tuple[float, int]:
     """GPUs of an actor, and how many actors the cluster has room for: a pool waits for ever for one that has none."""
-    num_gpus = gpus_of_an_actor(model_settings(study.config, "llm"), resources)
-    found = room(0 if num_gpus else 1, num_gpus, resources)
+    num_gpus = gpus_of_an_actor(model_settings(study.config, "llm"), nodes)
+    found = room(0 if num_gpus else 1, num_gpus, nodes)
     if not found:
         raise UserError(
-            f"refinement needs actors of {num_gpus:g} GPUs, but this Ray cluster has {resources.get('GPU', 0):g}; "
+            f"refinement needs actors of {num_gpus:g} GPUs, but this Ray cluster has {total(nodes, 'GPU'):g}; "
             "lower pair.llm.num_gpus, or set refinement.steps=0"
         )
     return num_gpus, found

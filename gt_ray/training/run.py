@@ -19,7 +19,7 @@ from gt_ray.errors import UserError, require
 from gt_ray.grad_transformer.network import CONFIG, GradTransformer
 from gt_ray.grad_transformer.phi import make_phi, phi_config, phi_of
 from gt_ray.progress import say
-from gt_ray.training.checkpoint import STATE
+from gt_ray.training.checkpoint import STATE, is_finished
 from gt_ray.training.joint import alone, joint_key, pair_key, trained_together, training_key
 from gt_ray.training.phases import run_phases
 from gt_ray.training.tuples import input_keys, last_updates, load_inputs, shadow_keys, side_chunks
@@ -59,7 +59,7 @@ def train(study: Study, name: str = MODEL) -> Path:
         )
     run, trained_by = study.config.run_folder, training_key(study, settings)
     out = run / name
-    if _finished(out, trained_by):
+    if is_finished(out, trained_by):
         say(f"train: nothing to do, {out} is trained")
     elif len(studies) == 1:
         _fit(studies, settings, run / "training", run / "events" / name, [out])
@@ -68,7 +68,7 @@ def train(study: Study, name: str = MODEL) -> Path:
         outs = [home / f"{MODEL}-{i}" for i in range(len(studies))]
         shared = outs[next(i for i, one in enumerate(studies) if one is study)]
         with alone(home):
-            if _finished(shared, trained_by):
+            if is_finished(shared, trained_by):
                 say(f"train: nothing to do, {shared} is trained, together with other pairs")
             else:
                 _fit(studies, settings, home, home / "events", outs)
@@ -152,15 +152,6 @@ def load_trained(study: Study, name: str = MODEL) -> GradTransformer:
             f"{out} was trained with other settings than this study's; train again, or give it another name="
         )
     return model
-
-
-def _finished(out: Path, trained_by: str) -> bool:
-    try:
-        state = json.loads((out / STATE).read_text(encoding="utf-8"))
-        GradTransformer.load(out)
-    except (OSError, ValueError):  # UserError is a ValueError: a damaged checkpoint is trained again
-        return False
-    return bool(state.get("trained_by") == trained_by)
 
 
 def _initial_model(

@@ -12,7 +12,6 @@ P parameters on n GPUs; weights are float32, and bf16 comes by autocast:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,15 +19,14 @@ from torch import nn
 
 from gt_ray.config import Config, GradTransformerSettings
 from gt_ray.curation.plan import validation_every
-from gt_ray.errors import UserError
 from gt_ray.grad_transformer.network import GradTransformer
-from gt_ray.grad_transformer.phi import make_phi, phi_of
-from gt_ray.pairs.families import known_config, layout_of
+from gt_ray.grad_transformer.phi import phi_config, phi_of
+from gt_ray.pairs.families import layout_of
 from gt_ray.training.strategies import BUCKET
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
-FLOAT32 = 4
+FLOAT32, BFLOAT16 = 4, 2
 MOMENTS = 2
 LIVE = 1_000_000_000
 """Most weights that ZeRO-3 holds gathered at a time."""
@@ -54,18 +52,9 @@ def build_shape(config: Config, layers: int | None = None) -> GradTransformer:
 
 
 def _phi(settings: GradTransformerSettings, layers: int | None) -> Any:
-    phi = settings.phi
-    if phi is None:
+    if settings.phi is None:
         return None
-    if phi.pretrained is None:
-        return make_phi(phi if layers is None else phi.model_copy(update={"layers": layers}))
-    if (config := known_config(phi.pretrained)) is None:
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(phi.pretrained)
-        except (OSError, ValueError) as error:
-            raise UserError(f"grad_transformer.phi.pretrained={phi.pretrained!r}: no config.json: {error}") from error
+    config = phi_config(settings.phi, by_name=True)
     if layers is not None:
         config.num_layers = config.num_decoder_layers = layers
     return phi_of(config)
@@ -120,49 +109,29 @@ def held(P: int, buffers: int, n: int, strategy: Strategy, bf16: bool, average: 
         copies = {"weights": 1, "gradients": 1, "gradient buckets": int(n > 1), "moments": MOMENTS}
         items = {name: FLOAT32 * P * copy for name, copy in copies.items()}
         return Held({**items, "moving average": FLOAT32 * P * average, "buffers": buffers}, 0)
-    width, part = 2 if bf16 else FLOAT32, math.ceil(P / n)
+    part = math.ceil(P / n)
     state = {
         # zero3 updates its part of the weights itself, where that is on the GPU.
         "master weights": FLOAT32 * part * (strategy != "zero3" or offload),
         "moments": MOMENTS * FLOAT32 * part,
         "moving average": FLOAT32 * part * average,
     }
-    gathered = min(P, LIVE) if strategy == "zero3" else 0
     items = {
         "weights": FLOAT32 * (part if strategy == "zero3" else P),
         "gradients": FLOAT32 * (P if strategy == "zero1" else part),
-        # Gradients go through two float32 buckets, or through one of each type.
-        "buckets": min(P, BUCKET) * (2 * FLOAT32 if strategy != "zero3" else FLOAT32 + width % FLOAT32)
-        + width * gathered,
+        "buckets": _buckets(P, strategy, bf16),
         "buffers": buffers,
     }
     return Held(items, sum(state.values())) if offload else Held(items | state, 0)
 
 
-def shards(model: nn.Module, n: int, strategy: Strategy) -> Iterator[list[tuple[str, int, int]]]:
-    """How the optimizer's state is shared out among n GPUs: for each (parameter, first, end) of its elements.
+def _buckets(P: int, strategy: Strategy, bf16: bool) -> int:
+    """Bytes of the buckets that gradients go through, and with zero3 of the weights that are gathered at a time.
 
-    zero3 cuts every parameter into n equal pieces, zero1 and zero2 all of them one behind the other; what is missing to
-    n times as many is filled up. ddp shares out nothing.
+    zero1 and zero2 have two float32 buckets, zero3 one of each type that gradients have.
     """
-    if strategy in ("ddp", "zero3"):
-        for rank in range(n):
-            cut = []
-            for name, parameter in model.named_parameters():
-                size = parameter.numel()
-                piece = size if strategy == "ddp" else math.ceil(size / n)
-                first = 0 if strategy == "ddp" else min(rank * piece, size)
-                if first < (end := min(first + piece, size)):
-                    cut.append((name, first, end))
-            yield cut
-        return
-    named = [(name, parameter.numel()) for name, parameter in model.named_parameters()]
-    piece = math.ceil(sum(size for _, size in named) / n)
-    for rank in range(n):
-        low, high, offset, found = rank * piece, (rank + 1) * piece, 0, []
-        for name, size in named:
-            first, end = max(0, low - offset), min(size, high - offset)
-            if first < end:
-                found.append((name, first, end))
-            offset += size
-        yield found
+    bucket = min(P, BUCKET)
+    if strategy != "zero3":
+        return 2 * FLOAT32 * bucket
+    buckets = (FLOAT32 + BFLOAT16 if bf16 else FLOAT32) * bucket
+    return buckets + (BFLOAT16 if bf16 else FLOAT32) * min(P, LIVE)

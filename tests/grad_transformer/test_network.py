@@ -169,17 +169,3 @@ def test_a_damaged_checkpoint_is_an_error(model: GradTransformer, tmp_path: Path
         (tmp_path / "config.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(UserError, match="Grad-Transformer checkpoint"):
         GradTransformer.load(tmp_path)
-
-
-def test_phi_may_be_a_pretrained_t5(tmp_path: Path) -> None:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    T5ForConditionalGeneration(
-        T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
-    ).save_pretrained(tmp_path)
-    phi = make_phi(PhiSettings(pretrained=str(tmp_path)))
-    model = GradTransformer(LAYOUT_S, LAYOUT_T, phi, {})
-    assert model.generate(_updates(1, LAYOUT_S)).shape == (1, LAYOUT_T.L, LAYOUT_T.d)
-    assert not any("shared" in name or "embed_tokens" in name for name in model.state_dict())
-    with pytest.raises(UserError, match=r"phi\.pretrained"):
-        make_phi(PhiSettings(pretrained=str(tmp_path / "nowhere")))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 from safetensors import safe_open
@@ -20,7 +17,6 @@ from gt_ray.config import EvaluationSettings, load_config
 from gt_ray.errors import UserError
 from gt_ray.evaluation.scorer import System, TransformersScorer
 from gt_ray.pairs.models import EMBEDDED
-from gt_ray.pairs.root import Root
 from gt_ray.serving.endpoint import Endpoint, unpack
 from gt_ray.serving.ledger import Ledger
 from gt_ray.serving.sources import open_source
@@ -200,44 +196,3 @@ def test_vllm_answers_with_an_adapter_that_is_generated_on_miss(endpoint: Served
         given = [ask(server, name, prompt).json()["choices"][0]["message"]["content"] for prompt in prompts]
         assert given == expected
         assert ask(server, "client-update:" + "0" * 32, "?").status_code == 404
-
-
-def test_an_answer_that_is_no_adapter_writes_nothing(tmp_path: Path) -> None:
-    def packed(**files: bytes) -> bytes:
-        content = io.BytesIO()
-        with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, part in files.items():
-                archive.writestr(name.replace("__", "."), part)
-        return content.getvalue()
-
-    bomb = {"adapter_config__json": bytes(10_000_000), "README__md": b"", "adapter_model__safetensors": b""}
-    for content, message in ((b"hello", "not a zip"), (packed(a=b"b"), "no item"), (packed(**bomb), "is larger than")):
-        with pytest.raises(UserError, match=message):
-            unpack(content, tmp_path / "adapter")
-    assert not (tmp_path / "adapter").exists()
-
-
-@pytest.mark.parametrize("token", ["two words", "a\nb", "schlüssel"])
-def test_a_token_that_is_none_is_refused_without_being_told(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="is none") as raised:
-        Endpoint("https://gt-ray.example.org", token)
-    assert token not in str(raised.value)
-    monkeypatch.setenv("GT_RAY_TOKEN", "secret\n")
-    assert Endpoint("https://gt-ray.example.org").http.headers["Authorization"] == "Bearer secret"
-
-
-def test_a_token_is_not_sent_unencrypted_to_another_machine() -> None:
-    with pytest.raises(UserError, match="use https"):
-        Endpoint("http://gt-ray.example.org", "secret")
-    assert Endpoint("https://gt-ray.example.org", "secret").http.headers["Authorization"] == "Bearer secret"
-
-
-def test_a_root_of_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gt_ray.config import ModelSettings
-    from gt_ray.pairs.root import make_root
-
-    root: Root = make_root(ModelSettings(model="embedded:tinylm", dtype="float32"))
-    endpoint = Endpoint("http://127.0.0.1:9")
-    monkeypatch.setattr(endpoint, "_call", lambda *_: httpx.Response(200, content=root.to_bytes()))
-    with pytest.raises(UserError, match="answered with root"):
-        endpoint.root("0" * 64, tmp_path / "root")

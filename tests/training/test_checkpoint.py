@@ -10,7 +10,7 @@ import torch
 
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.grad_transformer.phi import make_phi
-from gt_ray.training.checkpoint import export, restore, save
+from gt_ray.training.checkpoint import STATE, is_finished, restore, save, whole_models
 from gt_ray.training.shards import ShardFiles, average, save_shards
 from gt_ray.training.strategies import Strategy
 from gt_ray.training.worker import Task, averaged, begin, rates
@@ -68,8 +68,9 @@ def test_a_restored_training_goes_on_exactly_and_every_pair_is_exported(task: Ta
         assert torch.allclose(straight.model.pairs[0].start, slow, atol=1e-6)
     assert torch.equal(straight.model.pairs[0].start, seen[-1])
     with averaged(interrupted):
-        for i, own in enumerate(interrupted.model.pairs):
-            export(folder, [Path(start) for start in task.starts], i, tmp_path / f"out-{i}")
+        models = whole_models(folder, [Path(start) for start in task.starts])
+        for i, (own, model) in enumerate(zip(interrupted.model.pairs, models, strict=True)):
+            model.save(tmp_path / f"out-{i}")
             kept = GradTransformer.load(tmp_path / f"out-{i}")
             assert kept.roots == own.roots
             assert all(torch.equal(tensor, kept.state_dict()[name]) for name, tensor in own.state_dict().items())
@@ -85,3 +86,14 @@ def test_a_checkpoint_that_lacks_a_shard_is_not_restored_in_part(task: Task, tmp
         pytest.raises(ValueError, match="1 of the coordinates"),
     ):
         files.read(last.name, 0, last.weight.numel() + 1)
+
+
+def test_a_model_is_finished_that_can_be_read_and_has_the_key(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert not is_finished(out)
+    GradTransformer(LAYOUT_S, LAYOUT_T, make_phi(PHI), {}).save(out)
+    assert not is_finished(out)
+    (out / STATE).write_text('{"trained_by": "key"}')
+    assert is_finished(out) and is_finished(out, "key") and not is_finished(out, "other")
+    (out / "model.safetensors").write_bytes(b"damaged")
+    assert not is_finished(out) and not is_finished(out, "key")

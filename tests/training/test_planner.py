@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from typing import Any
 
 import pytest
-import yaml
 
-from gt_ray import cli
-from gt_ray.config import Config, load_config
+from gt_ray.config import load_config
 from gt_ray.errors import UserError
 from gt_ray.training.fake_step import FakeStep
-from gt_ray.training.hours import Hours, Rates, operations, tuples_of
+from gt_ray.training.hours import Hours, Rates, Stage, operations, tuples_of
 from gt_ray.training.machines import GIB, machines
 from gt_ray.training.planner import STEP, TrainingPlan
 from gt_ray.training.sizes import STRATEGIES
@@ -54,6 +50,38 @@ def test_trainers_and_llm_actors_share_the_gpus() -> None:
     assert plan_of("8xH100", "workers=2").placement.trainers == 2
     with pytest.raises(UserError, match="1 GPUs are too few"):
         plan_of("1xH100")
+
+
+def test_an_llm_larger_than_a_gpu_takes_several_of_a_node() -> None:
+    def plan(gpus: str, *overrides: str) -> TrainingPlan:
+        return Instant(load_config(LARGE, overrides), machines(gpus))
+
+    found = plan("8xL40S")  # 48 GB: 32B in 16 bit with checkpointing takes two
+    assert (found.placement.trainers, found.placement.llm_actors, found.placement.llm_gpus) == (4, 2, 2)
+    larger = "pair.llm.model=Qwen/Qwen2.5-72B-Instruct"
+    found = plan("16xH100", larger)
+    assert (found.placement.trainers, found.placement.llm_actors, found.placement.llm_gpus) == (8, 2, 4)
+    # Three of each node for one actor, two of these on a node: more GPUs make no room for a fifth.
+    three = plan("16xH100", "pair.llm.num_gpus=3", "grad_transformer.training.workers=1")
+    assert three.placement.llm_gpus == 3 and three.placement.llm_actors <= 4
+    with pytest.raises(UserError, match=r"8 GPUs are too few: a trainer takes one, an LLM actor .* 8"):
+        plan("8xA100-40GB", larger)
+    with pytest.raises(UserError, match=r"72B-Instruct needs .* spread over 2, the fullest holds"):
+        plan("2xH100", larger)
+    with pytest.raises(UserError, match=r"num_gpus=16 for .*, but a node has 8 GPUs"):
+        plan("16xH100", "pair.llm.num_gpus=16")
+
+
+def test_gpus_that_work_in_turns_are_all_paid_for() -> None:
+    def curation(gpus: str) -> Stage:
+        plan = Instant(load_config(LARGE), machines(gpus))
+        way = plan.best()
+        assert way is not None
+        return Hours(plan, way, Rates(curation=0.5)).stages()["curation of Qwen/Qwen2.5-32B-Instruct"]
+
+    one, two = curation("8xH100"), curation("8xL40S")
+    assert two.gpu_hours / one.gpu_hours == pytest.approx(2 * 989 / 362)
+    assert "each on 2 GPUs in turns" in two.how and "in turns" not in one.how
 
 
 def test_the_cheapest_way_that_fits() -> None:
@@ -126,37 +154,3 @@ def test_nodes_are_what_ray_up_reads() -> None:
     assert found["available_node_types"]["8xh100"]["resources"] == {"CPU": 96, "GPU": 8}
     assert found["available_node_types"]["8xh100"]["max_workers"] == found["max_workers"] == 2
     assert found["head_node_type"] in found["available_node_types"]
-
-
-def run(*arguments: str) -> int:
-    return cli.run(lambda: cli.app(["plan", *arguments], standalone_mode=False))
-
-
-def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, message in {
-        ("--gpus", "8xFOO"): "known: A100-40GB",
-        ("--gpus", "0xH100"): "at least one GPU",
-        ("--preset", "qwen2.5-0.5b-to-33b"): "did you mean 'qwen2.5-0.5b-to-32b'",
-        ("pair.llm.model=nobody/knows",): "nobody/knows",
-    }.items():
-        assert run(*arguments) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_the_plan_of_the_embedded_pair_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--preset", "embedded", "--gpus", "2xL40S") == 0
-    text = capsys.readouterr().out
-    for word in ("phi, decoder", "zero3", "moments", "curation of", "Recommended", "training on behaviour", "fits"):
-        assert word in text
-    tree = yaml.safe_load(text[text.index("max_workers") :])
-    assert tree["available_node_types"]["2xl40s"]["resources"]["GPU"] == 2
-
-
-def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--preset", "embedded", "--json") == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert found["recommended"]["strategy"] == "ddp" and found["recommended"]["fits"]
-    assert found["parameters"]["total"] == sum(v for name, v in found["parameters"].items() if name != "total")
-    overrides = load_config("embedded", found["overrides"]).grad_transformer.training
-    assert isinstance(load_config("embedded"), Config) and overrides.workers == found["trainers"]
-    assert {"stages", "sizes_bytes", "generation_s", "cluster"} <= found.keys()

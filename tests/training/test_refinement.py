@@ -29,7 +29,7 @@ def generated(study: Study, task: str = "gsm8k", generator: str = "a", seed: int
     update_Ld, update_S_Ld = (
         torch.randn(one.L, one.d, generator=torch.Generator().manual_seed(seed)) for one in layouts
     )
-    return Generated(task, generator, update_Ld, update_S_Ld, 0.5)
+    return Generated((task,), generator, update_Ld, update_S_Ld, 0.5)
 
 
 def key(study: Study, one: Generated) -> str:
@@ -77,8 +77,10 @@ def test_models_of_different_vocabularies_are_refused(
 
 
 def test_there_are_no_more_actors_than_the_cluster_has_room_for(study: Study) -> None:
-    assert _room(study, {"CPU": 3, "GPU": 0}) == (0, 3)
+    assert _room(study, [{"CPU": 3}]) == (0, 3)
     half = changed(study, "pair.llm.num_gpus=0.5")
-    assert _room(half, {"CPU": 3, "GPU": 2}) == (0.5, 4)
+    assert _room(half, [{"CPU": 3, "GPU": 2}]) == (0.5, 4)
+    two = changed(study, "pair.llm.num_gpus=2")
     with pytest.raises(UserError, match="num_gpus"):
-        _room(changed(study, "pair.llm.num_gpus=2"), {"CPU": 3, "GPU": 1})
+        _room(two, [{"CPU": 3, "GPU": 1}, {"CPU": 3, "GPU": 1}])
+    assert _room(two, [{"GPU": 3}, {"GPU": 3}]) == (2, 2)

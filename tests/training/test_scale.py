@@ -1,4 +1,4 @@
-"""Dry runs of the presets of real models: shapes on fake tensors, shards, checkpoints, and a real step of one layer.
+"""Dry runs of the presets of real models: shapes on fake tensors, checkpoints, and a real step of one layer.
 
 In the small form phi has one layer of full width, and the LLM is 32B; in the full form (markers scale and slow) phi has
 all layers, and all presets are tried.
@@ -16,7 +16,7 @@ from gt_ray.config import load_config, preset_names
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.training.fake_step import fake_step
 from gt_ray.training.machines import GIB
-from gt_ray.training.sizes import build_shape, held, parts, shards
+from gt_ray.training.sizes import build_shape, parts
 
 PRESETS = [name for name in preset_names() if name.startswith("qwen2.5-")]
 QUICK = [name if "32b" in name else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
@@ -51,24 +51,13 @@ def test_forward_and_backward_at_full_width(preset: str, layers: int | None) -> 
 
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("preset", QUICK)
-def test_shards_and_checkpoint_at_full_width(preset: str, layers: int | None) -> None:
+def test_a_checkpoint_at_full_width(preset: str, layers: int | None) -> None:
     config = load_config(preset)
-    training = config.grad_transformer.training
     with torch.device("meta"):
         model = build_shape(config, layers)
         assert model.phi is not None and model.linear is not None
         # What `GradTransformer.load` makes of an exported config.
         loaded = GradTransformer.shaped(model.to_json())
-    pieces = list(shards(model, training.workers, training.strategy))
-    covered: dict[str, int] = {}
-    for piece in pieces:
-        for name, first, end in sorted(piece):
-            assert training.strategy == "ddp" or covered.get(name, 0) == first
-            covered[name] = end
-    assert covered == {name: parameter.numel() for name, parameter in model.named_parameters()}
-    largest = max(sum(end - first for _, first, end in piece) for piece in pieces)
-    state = held(sum(covered.values()), 0, training.workers, training.strategy, True, True).on_gpu
-    assert state["moments"] == pytest.approx(8 * largest, rel=1e-3)
     exported = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert exported == {name: tensor.shape for name, tensor in loaded.state_dict().items()}
     D = model.phi.config.d_model

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 
 from gt_ray.config import load_config
 from gt_ray.errors import UserError
 from gt_ray.training.planner import shape_of_network
-from gt_ray.training.sizes import STRATEGIES, Strategy, build_shape, held, parts, shadow_counts, shards
+from gt_ray.training.sizes import STRATEGIES, build_shape, held, parts, shadow_counts
 
 EMBEDDED = load_config("embedded")
 
@@ -73,20 +71,6 @@ def test_each_strategy_shares_out_more_than_the_one_before() -> None:
     offloaded = held(P, 0, 8, "zero2", bf16=True, average=True, offload=True)
     assert offloaded.on_host == (4 + 8 + 4) * P // 8
     assert sum(offloaded.on_gpu.values()) + offloaded.on_host == sum(found["zero2"].values())
-
-
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
-@pytest.mark.parametrize("n", [1, 3, 8])
-def test_shards_cover_each_parameter_exactly_once(n: int, strategy: Strategy) -> None:
-    model = build_shape(EMBEDDED)
-    pieces = list(shards(model, n, strategy))
-    assert len(pieces) == n
-    sizes = [sum(end - first for _, first, end in piece) for piece in pieces]
-    assert max(sizes) == sizes[0] and sum(sizes) == sum(p.numel() for p in model.parameters())
-    for name, parameter in model.named_parameters():
-        ranges = sorted((first, end) for piece in pieces for found, first, end in piece if found == name)
-        assert ranges[0][0] == 0 and ranges[-1][1] == parameter.numel()
-        assert all(left[1] == right[0] for left, right in pairwise(ranges))
 
 
 def test_shadows_are_counted_as_they_are_planned() -> None:

@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 from gt_ray.config import TrainingSettings
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.grad_transformer.phi import make_phi
-from gt_ray.grad_transformer.several import SeveralPairs
-from gt_ray.training.checkpoint import export, restore, save
+from gt_ray.training.checkpoint import restore, save, whole_models
 from gt_ray.training.shards import average
-from gt_ray.training.sizes import shards
+from gt_ray.training.sizes import FLOAT32, held
 from gt_ray.training.strategies import Strategy
 from gt_ray.training.tuples import Tuples
 from gt_ray.training.worker import Task, averaged, begin, groups_of, rates, tuple_passes
@@ -76,7 +75,6 @@ def _trainer(rank: int, world: int, folder: Path, runs: list[dict[str, Any]]) ->
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder / f'rendezvous-{world}'}", rank=rank, world_size=world)
-    start = GradTransformer.load(folder / "start")
     for run in runs:
         out = folder / run["name"]
         out.mkdir(exist_ok=True)
@@ -86,11 +84,14 @@ def _trainer(rank: int, world: int, folder: Path, runs: list[dict[str, Any]]) ->
         first = 0
         if "from" in run:
             first = restore(folder / run["from"], strategy)[0]["step"]
-        if task.settings.strategy == "zero3":  # the planner's shards are the trainers'
-            own = {(shard.name, shard.start, shard.start + shard.weight.numel()) for shard in strategy.shards}
-            trained = [parameter.requires_grad for parameter in strategy.model.parameters()]
-            planned = list(shards(SeveralPairs([start]), world, "zero3"))[rank]
-            assert own <= set(planned) and (not all(trained) or own == set(planned))
+        if strategy.shared_out:  # each keeps the share that the planner counts, and together they keep all
+            trained = [p for p in strategy.model.parameters() if p.requires_grad]
+            P = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+            own = torch.tensor(sum(shard.weight.numel() for shard in strategy.shards))
+            moments = held(P, 0, world, task.settings.strategy, bf16=False, average=False).on_gpu["moments"]
+            assert abs(2 * FLOAT32 * int(own) - moments) <= 2 * FLOAT32 * len(trained), (run["name"], own, P)
+            dist.all_reduce(own)
+            assert own == P
         losses = steps(strategy, task, first, run["last"], rank, world)
         with torch.no_grad(), averaged(strategy):
             probe = strategy(0, torch.ones(1, LAYOUT_S.L, LAYOUT_S.d))
@@ -151,7 +152,7 @@ def test_all_strategies_have_the_same_losses_and_go_on_from_one_anothers_checkpo
     assert torch.allclose(losses[STEPS // 2 :], found["ddp-rest"][0], rtol=1e-4, atol=0)
     # Exported, each is the model that its workers had, with the averages of the behaviour phase.
     for name in ("ddp-behaviour", "zero2-behaviour", "zero3-behaviour", "zero3-tuples"):
-        export(tmp_path / name, [tmp_path / "start"], 0, tmp_path / f"out-{name}")
+        whole_models(tmp_path / name, [tmp_path / "start"])[0].save(tmp_path / f"out-{name}")
         exported = GradTransformer.load(tmp_path / f"out-{name}")
         with torch.no_grad():
             said = exported(torch.ones(1, LAYOUT_S.L, LAYOUT_S.d))

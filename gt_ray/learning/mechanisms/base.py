@@ -95,7 +95,8 @@ def batch_gradients(losses: TargetLosses, batch: Sequence[Sequence[Sample]], pie
 def norm_per_adapter(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
     """Norm [G] of the gradient of each adapter, which is the first dimension of every parameter."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm_G: Tensor = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    device = gradients[0].device  # those of a model that is spread over several devices come together here
+    norm_G: Tensor = torch.stack([gradient.flatten(1).norm(dim=1).to(device) for gradient in gradients]).norm(dim=0)
     return norm_G
 
 
@@ -108,8 +109,8 @@ def clip_per_adapter(parameters: Sequence[torch.nn.Parameter], max_norm: float) 
 
 
 def broadcast(values_G: Tensor, like: Tensor) -> Tensor:
-    """A value for each adapter, shaped to be multiplied with [G, ...]."""
-    return values_G.view(-1, *[1] * (like.dim() - 1))
+    """A value for each adapter, shaped to be multiplied with [G, ...], and on the same device."""
+    return values_G.to(like.device).view(-1, *[1] * (like.dim() - 1))
 
 
 def generator(seed: int, what: str, step: int) -> torch.Generator:

@@ -110,14 +110,15 @@ def clipped_sums(
         for part in _passes(rows, TOKENS_AT_ONCE.get(losses.device.type, TOKENS_AT_ONCE["cuda"]) // pieces):
             adapter_B = torch.tensor([g for g, _ in part], device=losses.device)
             for parameter, data in zip(trained, shared, strict=True):
-                parameter.data, parameter.grad = data[adapter_B], None
+                parameter.data, parameter.grad = data[adapter_B.to(data.device)], None
             sum_B, count_B = losses.by_adapter(losses.batch([[sample] for _, sample in part]), len(part))
             loss_B = sum_B / count_B
             loss_B.sum().backward()
             factor_B = (row_norm / norm_per_adapter(trained).clamp(min=1e-12)).clamp(max=1)
             for parameter, total in zip(trained, sums, strict=True):
                 assert parameter.grad is not None
-                total.index_add_(0, adapter_B, parameter.grad * broadcast(factor_B, parameter.grad))
+                clipped = parameter.grad * broadcast(factor_B, parameter.grad)
+                total.index_add_(0, adapter_B.to(total.device), clipped)
             loss_G.index_add_(0, adapter_B, loss_B.detach())
             rows_G.index_add_(0, adapter_B, torch.ones_like(loss_B.detach()))
             del sum_B, loss_B  # as long as its graph lives, autograd expects gradients of this pass's shape
