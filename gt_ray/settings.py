@@ -60,9 +60,25 @@ class DpSgdSettings(MechanismSettings):
     """DP-SGD (Algorithm 1, appendix D): (epsilon, delta)-differential privacy of every row."""
 
     name: Literal["dp_sgd"] = "dp_sgd"
-    epsilon: float = Field(4.0, gt=0, description="of the whole fine-tune; the noise follows from it")
+    epsilon: float | None = Field(4.0, gt=0, description="of the whole fine-tune; the noise follows from it")
     delta: float = Field(1e-5, gt=0, lt=1)
+    noise_multiplier: float | None = Field(
+        None, ge=0, description="in place of epsilon, and without any promise: for shadows, whose rows are public"
+    )
     row_norm: float = Field(0.1, gt=0, description="bound of the norm of a row's gradient (C)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_both(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("noise_multiplier") is not None:
+            return {"epsilon": None, **tree}
+        return tree
+
+    @model_validator(mode="after")
+    def _check(self) -> DpSgdSettings:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("epsilon and noise_multiplier say the same; give one of them")
+        return self
 
 
 class NoisyErmSettings(MechanismSettings):
@@ -107,6 +123,8 @@ def mechanism_label(mechanism: Mechanism) -> str:
     if isinstance(mechanism, str):
         return mechanism
     told = {"dp_sgd": "epsilon", "noisy_erm": "noise", "gibbs": "temperature"}[mechanism.name]
+    if isinstance(mechanism, DpSgdSettings) and mechanism.epsilon is None:
+        told = "noise_multiplier"
     return f"{told} {getattr(mechanism, told):g}"
 
 

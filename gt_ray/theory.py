@@ -162,6 +162,8 @@ def mechanism_information(
     """
     name = stated["name"]
     if name == "dp_sgd":
+        if not stated["noise_multiplier"]:
+            return None
         return dp_sgd_information(stated["steps"], rows, stated["sample_rate"], stated["noise_multiplier"], coordinates)
     if name == "gibbs":
         steps = stated["steps"]

@@ -55,7 +55,7 @@ def _mechanism_of(client: Client) -> dict[str, Any]:
     """Name of a client's mechanism, its epsilon where it has one, its label where the study has several mechanisms."""
     mechanism = client.mechanism
     found: dict[str, Any] = {"mechanism": mechanism if isinstance(mechanism, str) else mechanism.name}
-    if isinstance(mechanism, DpSgdSettings):
+    if isinstance(mechanism, DpSgdSettings) and mechanism.epsilon is not None:
         found["epsilon"] = mechanism.epsilon
     return {**found, "label": client.label} if client.label else found
 

@@ -63,7 +63,9 @@ class Ledger:
         if len(mechanisms) < 2:
             return ""
         begun = f"{len(mechanisms)} fine-tunes on these rows have begun here"
-        if open_ones := sorted({str(one["name"]) for one in mechanisms if one["name"] != "dp_sgd"}):
+        if open_ones := sorted(
+            {str(one["name"]) for one in mechanisms if one["name"] != "dp_sgd" or "epsilon" not in one}
+        ):
             return f"{begun}, by {', '.join(open_ones)} too: together they guarantee nothing of a row"
         history = [(one["noise_multiplier"], one["sample_rate"], one["steps"]) for one in mechanisms]
         delta = max(one["delta"] for one in mechanisms)

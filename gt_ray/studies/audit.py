@@ -88,7 +88,10 @@ class AuditPlan:
         given = [one for one in config.clients.mechanisms if one != "sft"]
         if self.epsilons or not given:
             like = next((one for one in given if isinstance(one, DpSgdSettings)), DpSgdSettings())
-            given = [like.model_copy(update={"epsilon": epsilon}) for epsilon in self.epsilons or EPSILONS]
+            given = [
+                like.model_copy(update={"epsilon": epsilon, "noise_multiplier": None})
+                for epsilon in self.epsilons or EPSILONS
+            ]
         return list(dict.fromkeys(["sft", *given]))
 
 

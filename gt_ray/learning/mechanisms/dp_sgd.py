@@ -35,7 +35,7 @@ class DpSgd(Sft):
 
     @staticmethod
     def statement(settings: FineTuneSettings, samples: int) -> dict[str, Any]:
-        """Name, (epsilon, delta), and what they follow from.
+        """Name, (epsilon, delta) where the settings promise them, and what they follow from.
 
         Raises:
             UserError: fewer rows than a batch, or an epsilon that cannot be reached.
@@ -46,18 +46,12 @@ class DpSgd(Sft):
                 f"dp_sgd draws batches of {settings.batch_size} rows on average, but there are {samples}: lower "
                 f"batch_size to at most {samples}, or add rows"
             )
-        rate = settings.batch_size / samples
-        return {
-            "name": mechanism.name,
-            "epsilon": mechanism.epsilon,
-            "delta": mechanism.delta,
-            "noise_multiplier": noise_multiplier(mechanism.epsilon, mechanism.delta, rate, settings.steps),
-            "sample_rate": rate,
-            "steps": settings.steps,
-            "row_norm": mechanism.row_norm,
-            "accountant": "prv",
-            "protects": "row",
-        }
+        rate, noise, promised = settings.batch_size / samples, mechanism.noise_multiplier, {}
+        if mechanism.epsilon is not None:
+            noise = noise_multiplier(mechanism.epsilon, mechanism.delta, rate, settings.steps)
+            promised = {"epsilon": mechanism.epsilon, "delta": mechanism.delta, "accountant": "prv", "protects": "row"}
+        counted = {"noise_multiplier": noise, "sample_rate": rate, "steps": settings.steps}
+        return {"name": mechanism.name, **promised, **counted, "row_norm": mechanism.row_norm}
 
     def draw(self, g: int, step: int) -> list[Sample]:
         """Each row with probability `sample_rate`, whatever became of it before."""

@@ -176,3 +176,19 @@ def test_the_statement_has_all_that_epsilon_follows_from() -> None:
         "accountant": "prv",
         "protects": "row",
     }
+
+
+def test_a_noise_multiplier_promises_nothing(settings: ModelSettings, root: Root) -> None:
+    """Of shadows, whose rows are public; without noise, clients are alike but for the rows that are drawn."""
+    tune = FineTuneSettings.model_validate(
+        {"steps": 3, "batch_size": 4, "mechanism": {"name": "dp_sgd", "noise_multiplier": 0.0}}
+    )
+    stated = DpSgd.statement(tune, 16)
+    assert "epsilon" not in stated and stated["noise_multiplier"] == 0
+    rows = sets(1, rows=4)[0].samples  # all of them are drawn
+    data = [TrainingSet(rows, 0, noise_seed=seed) for seed in (1, 2)]
+    results = dict(Engine(load_model(settings), root).fine_tune(data, tune))
+    one, other = (result.snapshots_JLd for result in results.values() if isinstance(result, FineTuned))
+    assert torch.equal(one, other) and float(one.abs().max()) > 0
+    with pytest.raises(ValueError, match="give one of them"):
+        DpSgdSettings(epsilon=1.0, noise_multiplier=2.0)
