@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+from gt_ray import progress
 from gt_ray.config import Config, load_config
 from gt_ray.pairs.models import EMBEDDED
 
@@ -134,6 +135,13 @@ def further_pair(config: Config, **of_llm: Any) -> str:
     """An override that names one further pair, whose LLM differs from the config's in some settings."""
     pair = config.pair.model_dump(mode="json")
     return f"further_pairs={json.dumps([pair | {'llm': pair['llm'] | of_llm}])}"
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """A command that was quiet leaves no other test without messages."""
+    yield
+    progress.quiet(False)
 
 
 @pytest.fixture

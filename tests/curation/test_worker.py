@@ -12,7 +12,7 @@ from gt_ray.curation.run import run_fine_tunes
 from gt_ray.curation.study import Study
 from tests.conftest import tiny_config
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def cpus_for_gpus(log: Path) -> Callable[[], None]:

@@ -60,6 +60,7 @@ def test_a_run_that_is_not_there_says_what_to_run_first(tiny: Config) -> None:
     assert not tiny.run_folder.exists() and not Path(tiny.store).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_clients_that_have_sent_nothing_are_named(study: Study, config: Config) -> None:
     other = Study.load(config.model_copy(update={"clients": config.clients.model_copy(update={"seed": 5})}))
@@ -90,6 +91,7 @@ def test_rows_are_of_the_right_splits_and_domains(tiny: Config) -> None:
             assert shadow is None or shadow.domain not in held[one.task] or set(domains) == {shadow.domain}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_losses_are_those_of_the_adapters_in_peft(study: Study, config: Config, gaps: Gaps) -> None:
     tokenizer = load_tokenizer(config.pair.llm.model)
@@ -107,6 +109,7 @@ def test_losses_are_those_of_the_adapters_in_peft(study: Study, config: Config, 
                 assert float(model(input_ids=ids, labels=labels).loss) == pytest.approx(loss, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_sft_has_no_bound_and_the_page_and_the_command_say_so(
     study: Study, config: Config, capsys: pytest.CaptureFixture[str]
@@ -133,6 +136,7 @@ def test_sft_has_no_bound_and_the_page_and_the_command_say_so(
     assert stop.value.code == 0 and out.count("utility of public updates") == 8 and "(2) Shadows: tinylm by sft" in out
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_mechanism_with_noise_has_bounds(study: Study, gaps: Gaps, monkeypatch: pytest.MonkeyPatch) -> None:
     stated = {"name": "noisy_erm", "noise": 0.5, "update_norm": 0.1}
@@ -192,6 +196,7 @@ def test_information_is_that_of_both_models_mechanisms(tiny_pair: tuple[Path, Pa
     assert told == [None] * 6 and unbounded == "llm is fine-tuned by sft, without noise"
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_training_on_behaviour_undoes_the_noise(study: Study, gaps: Gaps, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "statement", lambda fine_tune, rows: {"name": "noisy_erm", "noise": 0.5})

@@ -100,9 +100,7 @@ def test_joint_clients_by_several_mechanisms(tiny_pair: tuple[Path, Path], tmp_p
     assert private and all(row["epsilon"] == 1 for row in private)
     task = config.data.tasks[0]
     adapters = sorted(path.name for path in (config.run_folder / "adapters").iterdir())
-    assert adapters == sorted(
-        f"{name}-seen-{m}" for name in config.data.tasks for m in ("sft", "epsilon-1", "noise-10")
-    )
+    assert adapters == [f"{task}-seen-epsilon-1", f"{task}-seen-noise-10"]
     study = Study.load(config)
     told = read_update(config.run_folder / "clients" / f"{task}-seen-0-epsilon-1.safetensors", study.roots["tinylm"])[1]
     assert told.mechanism["epsilon"] == 1 and told.mechanism["noise_multiplier"] > 0
