@@ -447,8 +447,7 @@ class ClientSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ClientSettings:
-        labels = [mechanism_label(one) for one in self.mechanisms]
-        if len(set(labels)) < len(labels):
+        if len(set(labels := [mechanism_label(one) for one in self.mechanisms])) < len(labels):
             raise ValueError(f"mechanisms={labels} names one twice")
         if len(set(self.populations)) < len(self.populations):
             raise ValueError(f"populations={list(self.populations)} names a population twice")

@@ -21,7 +21,7 @@ from gt_ray.config import FineTuneSettings
 from gt_ray.errors import UserError
 from gt_ray.learning.losses import TargetLosses
 from gt_ray.learning.mechanisms import mechanism_of, statement
-from gt_ray.learning.mechanisms.base import batch_gradients, broadcast
+from gt_ray.learning.mechanisms.base import Step, batch_gradients, broadcast
 from gt_ray.learning.memory import is_out_of_memory, release, training_bytes
 from gt_ray.learning.resume import Resume
 from gt_ray.learning.samples import Sample, TrainingSet
@@ -216,7 +216,7 @@ class Engine:
                 batch = [mechanism.draw(g, step) for g in active]
                 factors = [schedule.factor(g, step) for g in active]
                 optimizer.zero_grad()
-                loss_G = mechanism.gradients(self.losses, trained, batch, pieces, active, step, factors)
+                loss_G = mechanism.gradients(self.losses, Step(step, trained, active, batch, pieces, factors))
                 _step(optimizer, trained, factors)
                 step += 1
                 on_step()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -14,6 +15,27 @@ from torch import Tensor
 from gt_ray.config import FineTuneSettings
 from gt_ray.learning.losses import TargetLosses
 from gt_ray.learning.samples import Sample, TrainingSet
+
+
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step of a group.
+
+    Attributes:
+        number: from 0.
+        trained: stacked parameters [G, ...].
+        active: number of each adapter in the group.
+        batch: rows of each adapter.
+        pieces: parts into which a whole batch is cut, for memory.
+        factors: share of the learning rate that each adapter's step will have.
+    """
+
+    number: int
+    trained: Sequence[torch.nn.Parameter]
+    active: Sequence[int]
+    batch: Sequence[Sequence[Sample]]
+    pieces: int
+    factors: Sequence[float]
 
 
 class Sft:
@@ -49,27 +71,10 @@ class Sft:
         for step in range(steps):
             self.draw(g, step)
 
-    def gradients(
-        self,
-        losses: TargetLosses,
-        trained: Sequence[torch.nn.Parameter],
-        batch: Sequence[Sequence[Sample]],
-        pieces: int,
-        active: Sequence[int],
-        step: int,
-        factors: Sequence[float],
-    ) -> Tensor:
-        """Set the gradient of each adapter; returns the loss [G] of its batch.
-
-        Args:
-            trained: stacked parameters [G, ...].
-            batch: rows of each adapter.
-            pieces: parts into which a whole batch is cut, for memory.
-            active: number of each adapter in the group.
-            factors: share of the learning rate that each adapter's step will have.
-        """
-        loss_G = batch_gradients(losses, batch, pieces)
-        clip_per_adapter(trained, self.settings.clip_norm)
+    def gradients(self, losses: TargetLosses, step: Step) -> Tensor:
+        """Set the gradient of each adapter; returns the loss [G] of its batch."""
+        loss_G = batch_gradients(losses, step.batch, step.pieces)
+        clip_per_adapter(step.trained, self.settings.clip_norm)
         return loss_G
 
     def released(self, g: int, update_Ld: Tensor, step: int) -> Tensor:
@@ -122,18 +127,16 @@ def generator(seed: int, what: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def add_noise(
-    parameters: Sequence[torch.nn.Parameter], deviations: Sequence[float], source: Callable[[int], torch.Generator]
-) -> None:
-    """Add Gaussian noise to the gradient of each adapter.
+def add_noise(step: Step, deviations: Sequence[float], sets: Sequence[TrainingSet]) -> None:
+    """Add Gaussian noise to the gradient of each adapter, another one in each step.
 
     Args:
         deviations: standard deviation of each adapter's noise.
-        source: random numbers of each adapter, by its place.
+        sets: of all adapters of the group.
     """
-    for row, deviation in enumerate(deviations):
-        numbers = source(row)
-        for parameter in parameters:
+    for row, (g, deviation) in enumerate(zip(step.active, deviations, strict=True)):
+        numbers = generator(sets[g].secret_seed, "noise", step.number)
+        for parameter in step.trained:
             assert parameter.grad is not None
             noise = torch.randn(parameter.grad[row].shape, generator=numbers)
             parameter.grad[row].add_(noise.to(parameter.grad.device), alpha=deviation)

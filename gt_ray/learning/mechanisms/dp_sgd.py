@@ -19,7 +19,7 @@ from gt_ray.config import DpSgdSettings, FineTuneSettings
 from gt_ray.errors import UserError
 from gt_ray.learning.losses import TargetLosses
 from gt_ray.learning.mechanisms.accounting import noise_multiplier
-from gt_ray.learning.mechanisms.base import Sft, add_noise, broadcast, generator, norm_per_adapter
+from gt_ray.learning.mechanisms.base import Sft, Step, add_noise, broadcast, generator, norm_per_adapter
 from gt_ray.learning.samples import Sample, TrainingSet
 
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768}
@@ -60,22 +60,12 @@ class DpSgd(Sft):
         chosen = torch.rand(len(one.samples), generator=generator(one.secret_seed, "rows", step)) < rate
         return [one.samples[i] for i in chosen.nonzero().flatten().tolist()]
 
-    def gradients(
-        self,
-        losses: TargetLosses,
-        trained: Sequence[torch.nn.Parameter],
-        batch: Sequence[Sequence[Sample]],
-        pieces: int,
-        active: Sequence[int],
-        step: int,
-        factors: Sequence[float],
-    ) -> Tensor:
+    def gradients(self, losses: TargetLosses, step: Step) -> Tensor:
         """Sum of the rows' clipped gradients and noise, over the rows of a batch on average."""
         mechanism = _mechanism(self.settings)
-        loss_G = clipped_sums(losses, trained, batch, mechanism.row_norm, pieces)
-        deviations = [self.noise_G[g] * mechanism.row_norm for g in active]
-        add_noise(trained, deviations, lambda row: generator(self.sets[active[row]].secret_seed, "noise", step))
-        for parameter in trained:
+        loss_G = clipped_sums(losses, step.trained, step.batch, mechanism.row_norm, step.pieces)
+        add_noise(step, [self.noise_G[g] * mechanism.row_norm for g in step.active], self.sets)
+        for parameter in step.trained:
             assert parameter.grad is not None
             parameter.grad.div_(self.settings.batch_size)
         return loss_G

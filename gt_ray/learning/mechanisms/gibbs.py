@@ -17,8 +17,7 @@ from torch import Tensor
 
 from gt_ray.config import FineTuneSettings, GibbsSettings
 from gt_ray.learning.losses import TargetLosses
-from gt_ray.learning.mechanisms.base import Sft, add_noise, generator
-from gt_ray.learning.samples import Sample
+from gt_ray.learning.mechanisms.base import Sft, Step, add_noise
 
 
 class Gibbs(Sft):
@@ -40,21 +39,12 @@ class Gibbs(Sft):
         """Plain gradient descent: AdamW's rates would change the noise."""
         return torch.optim.SGD(trained, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay)
 
-    def gradients(
-        self,
-        losses: TargetLosses,
-        trained: Sequence[torch.nn.Parameter],
-        batch: Sequence[Sequence[Sample]],
-        pieces: int,
-        active: Sequence[int],
-        step: int,
-        factors: Sequence[float],
-    ) -> Tensor:
+    def gradients(self, losses: TargetLosses, step: Step) -> Tensor:
         """The batch's gradients with the noise of a step of this size."""
-        loss_G = super().gradients(losses, trained, batch, pieces, active, step, factors)
+        loss_G = super().gradients(losses, step)
         temperature = _mechanism(self.settings).temperature
-        deviations = [math.sqrt(2 * temperature / (self.settings.learning_rate * factor)) for factor in factors]
-        add_noise(trained, deviations, lambda row: generator(self.sets[active[row]].secret_seed, "noise", step))
+        rate = self.settings.learning_rate
+        add_noise(step, [math.sqrt(2 * temperature / (rate * factor)) for factor in step.factors], self.sets)
         return loss_G
 
 

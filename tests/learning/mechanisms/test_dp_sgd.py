@@ -12,6 +12,7 @@ import torch
 from gt_ray.config import DpSgdSettings, FineTuneSettings, ModelSettings
 from gt_ray.errors import UserError
 from gt_ray.learning.engine import Engine, FineTuned
+from gt_ray.learning.mechanisms.base import Step
 from gt_ray.learning.mechanisms.dp_sgd import DpSgd, clipped_sums
 from gt_ray.learning.samples import Sample, TrainingSet
 from gt_ray.learning.stacked import stacked
@@ -108,7 +109,7 @@ def test_noise_has_the_deviation_that_is_accounted_for(settings: ModelSettings, 
     with stacked(engine.model, root, 2) as parameters:
         trained = list(parameters.values())
         for step in range(200):
-            mechanism.gradients(engine.losses, trained, [[], []], 1, [0, 1], step, [1.0, 1.0])
+            mechanism.gradients(engine.losses, Step(step, trained, [0, 1], [[], []], 1, [1.0, 1.0]))
             drawn.append(
                 torch.cat([parameter.grad.flatten(1) for parameter in trained if parameter.grad is not None], 1)
             )

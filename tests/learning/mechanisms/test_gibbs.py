@@ -11,6 +11,7 @@ import torch
 
 from gt_ray.config import FineTuneSettings, GibbsSettings, ModelSettings
 from gt_ray.learning.engine import Engine, FineTuned
+from gt_ray.learning.mechanisms.base import Step
 from gt_ray.learning.mechanisms.gibbs import Gibbs
 from gt_ray.learning.samples import Sample, TrainingSet
 from gt_ray.pairs.models import load_model
@@ -50,7 +51,8 @@ def test_a_long_chain_has_the_variance_of_its_temperature() -> None:
     for step in range(600):
         optimizer.zero_grad()
         batch = [mechanism.draw(g, step) for g in range(G)]
-        mechanism.gradients(losses, [parameter], batch, 1, range(G), step, [1.0] * G)  # type: ignore[arg-type]
+        one = Step(step, [parameter], range(G), batch, 1, [1.0] * G)
+        mechanism.gradients(losses, one)  # type: ignore[arg-type]
         optimizer.step()
         if step >= 100:
             seen.append(parameter.detach().clone())
