@@ -44,16 +44,16 @@ def row_losses(
             add_updates(parameters, root.layout, update_GLd)
             for start in range(0, len(samples), size):
                 part = samples[start : start + size]
-                losses_MR[first : first + len(update_GLd), start : start + size] = _pass(losses, part, update_GLd)
+                groups = [part] * len(update_GLd)
+                found_GB = by_row(losses(losses.batch(groups)), groups)
+                losses_MR[first : first + len(update_GLd), start : start + size] = found_GB
                 on_pass(len(part) * len(update_GLd))
     return losses_MR
 
 
-def _pass(losses: TargetLosses, samples: Sequence[Sample], update_GLd: Tensor) -> Tensor:
-    """Losses [G, rows] of the same rows under each update that the model wears."""
-    G = len(update_GLd)
-    loss_n = losses(losses.batch([samples] * G))
-    count_R = torch.tensor([len(sample.target) for sample in samples], device=loss_n.device)
-    row_n = torch.arange(G * len(samples), device=loss_n.device).repeat_interleave(count_R.repeat(G))
-    sum_GR = torch.zeros(G * len(samples), device=loss_n.device).index_add(0, row_n, loss_n)
-    return (sum_GR.view(G, -1) / count_R).cpu()
+def by_row(loss_n: Tensor, groups: Sequence[Sequence[Sample]]) -> Tensor:
+    """Mean loss a target token [G, B] of each of B rows of each adapter, from the losses of all targets of a batch, in
+    the order of its samples."""
+    count_N = torch.tensor([len(sample.target) for group in groups for sample in group])
+    row_n = torch.arange(len(count_N)).repeat_interleave(count_N)
+    return (torch.zeros(len(count_N)).index_add(0, row_n, loss_n.cpu()) / count_N).view(len(groups), -1)

@@ -25,6 +25,7 @@ from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.learning.memory import Parts
+from gt_ray.learning.row_losses import by_row
 from gt_ray.learning.stacked import add_updates, stacked
 from gt_ray.progress import bar
 from gt_ray.tasks import TASKS
@@ -197,7 +198,4 @@ def row_losses(behaviour: Behaviour, update_GLd: Tensor, groups: Sequence[Sequen
     batch = losses.batch(groups)
     with losses.short_cuts(), stacked(behaviour.model, behaviour.root, len(groups)) as parameters:
         add_updates(parameters, behaviour.layout, update_GLd)
-        loss_n = losses(batch).cpu()
-    count_N = torch.tensor([len(sample.target) for group in groups for sample in group])
-    row_n = torch.arange(len(count_N)).repeat_interleave(count_N)  # the targets of a batch are in its samples' order
-    return (torch.zeros(len(count_N)).index_add(0, row_n, loss_n) / count_N).view(len(groups), -1)
+        return by_row(losses(batch), groups)

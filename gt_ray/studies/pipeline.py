@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ from gt_ray.grad_transformer.generate import generate_adapter
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.learning.mechanisms import statement
 from gt_ray.progress import say
-from gt_ray.studies.systems import finished_updates, generated_updates, pooled_updates, share_of_proxy, systems
+from gt_ray.studies.systems import Pooled, finished_updates, generated_updates, pooled_updates, share_of_proxy, systems
 from gt_ray.tasks.data import Client
 from gt_ray.training.refinement import Generated, are_refined, refine_all
 from gt_ray.training.run import load_trained, models, train
@@ -132,14 +132,15 @@ def generate_files(
 def evaluate_stage(study: Study) -> dict[str, Any]:
     """Ceilings, controls, scores; writes and returns `report.json`."""
     model = load_trained(study)
-    _check_adapters(study, model)
+    pooled = pooled_updates(study)
+    _check_adapters(study, model, pooled)
     with _timed(study, "ceilings"):
         extra = study.public_jobs() if study.config.evaluation.controls else []
         # Those of single clients too where they are joint: their mean is not the fine-tune on the union.
         run_fine_tunes(study, [*study.ceiling_jobs().values(), *study.client_jobs("llm"), *extra], "ceilings")
     with _timed(study, "evaluate"):
-        results = score(study, systems(study, model))
-    config, known, populations = study.config, certainty(study, model), by_population(results)
+        results = score(study, systems(study, model, pooled))
+    config, known, populations = study.config, certainty(model, pooled), by_population(results)
     for name, summary in populations.items():
         if flags := [one["out_of_range"] for one in known.values() if one["population"] == name]:
             summary["average"]["out_of_range"] = 100 * sum(flags) / len(flags)
@@ -160,10 +161,10 @@ def evaluate_stage(study: Study) -> dict[str, Any]:
     return report
 
 
-def certainty(study: Study, model: GradTransformer) -> dict[str, dict[str, Any]]:
+def certainty(model: GradTransformer, pooled: Mapping[str, Pooled]) -> dict[str, dict[str, Any]]:
     """What is known of the error of each client's adapter before it is scored."""
     found = {}
-    for one in pooled_updates(study).values():
+    for one in pooled.values():
         if estimate := model.estimate(one.update_Ld):
             known = {name: value for name, value in asdict(estimate).items() if value is not None}
             for client in one.group.members:
@@ -171,7 +172,7 @@ def certainty(study: Study, model: GradTransformer) -> dict[str, dict[str, Any]]
     return found
 
 
-def _check_adapters(study: Study, model: GradTransformer) -> None:
+def _check_adapters(study: Study, model: GradTransformer, pooled: Mapping[str, Pooled]) -> None:
     """Every client has the adapter that this study's Grad-Transformer makes of this study's client.
 
     Checked before hours of ceilings.
@@ -179,7 +180,7 @@ def _check_adapters(study: Study, model: GradTransformer) -> None:
     Raises:
         UserError: an earlier stage has not run, or has run with other settings.
     """
-    run, generated = study.config.run_folder, generated_updates(study, model, pooled_updates(study))
+    run, generated = study.config.run_folder, generated_updates(study, model, pooled)
     refines = study.config.grad_transformer.refinement.steps > 0
     if refines and not are_refined(study, list(generated.values())):
         raise UserError(f"the adapters in {run / 'adapters'} are not refined as this study says; run generate again")

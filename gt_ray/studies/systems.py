@@ -32,7 +32,7 @@ class Pooled:
     update_Ld: Tensor
 
 
-def systems(study: Study, model: GradTransformer) -> list[tuple[System, Client]]:
+def systems(study: Study, model: GradTransformer, pooled: Mapping[str, Pooled]) -> list[tuple[System, Client]]:
     """What is scored on whose test rows."""
     run, store, settings = study.config.run_folder, study.store, study.config.evaluation
     llm = study.roots["llm"]
@@ -40,7 +40,6 @@ def systems(study: Study, model: GradTransformer) -> list[tuple[System, Client]]
     public = {job.task: store.read(job.key)[0][-1] for job in study.public_jobs()} if settings.controls else {}
     refines = study.config.grad_transformer.refinement.steps > 0
     linear = load_trained(study, LINEAR) if settings.controls and LINEAR in models(study) else None
-    pooled = pooled_updates(study)
     variants = _variants(study, model, pooled)
     of_linear = generated_updates(study, linear, pooled) if linear else {}
     of_linear_refined = finished_updates(study, of_linear) if refines else {}
