@@ -4,6 +4,7 @@ Random weights in the shapes of Qwen2.5, sequences of random tokens and lengths,
 turns: PEFT with one adapter, batch 1 and 16 accumulation steps, as the paper trains (`batch1`).
 
     python benchmarks/engine.py --models 0.5B,1.5B,7B --adapters 1,4,16,64     # one CUDA GPU, bfloat16
+    python benchmarks/engine.py --models 0.5B --adapters 1,4 --private          # DP-SGD
     python benchmarks/engine.py --models tiny --adapters 1,4 --lengths 16,64    # a CPU, seconds
 
 The last line of the output is JSON: {model: {G: {"tokens_per_s", "peak_share", "memory_gib", "vs_batch1"}}}.
@@ -20,7 +21,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from gt_ray.config import FineTuneSettings, LoraSettings
+from gt_ray.config import DpSgdSettings, FineTuneSettings, LoraSettings, Mechanism
 from gt_ray.learning.engine import Engine, FineTuned
 from gt_ray.learning.samples import Sample, TrainingSet
 from gt_ray.pairs.root import Root, initial_adapter
@@ -103,6 +104,7 @@ def main(
     lengths: Annotated[str, typer.Option(help="Shortest and longest sequence, tokens.")] = "128,512",
     steps: Annotated[int, typer.Option(help="Optimizer steps that are timed, three times.")] = 2,
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing.")] = False,
+    private: Annotated[bool, typer.Option(help="DP-SGD in place of plain fine-tuning; PEFT's stays plain.")] = False,
 ) -> None:
     """Speed of the engine; example: `python benchmarks/engine.py --models tiny --adapters 1,4 --lengths 16,64`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,7 +112,8 @@ def main(
     peak = matrix_peak(device, "bf16" if dtype is torch.bfloat16 else "fp32")
     typer.echo(f"{device}, {dtype}, matrix peak {peak / 1e12:.2f} TFLOP/s")
     shortest, longest = map(int, lengths.split(","))
-    settings = FineTuneSettings(steps=steps, learning_rate=1e-4)
+    mechanism: Mechanism = DpSgdSettings(noise_multiplier=1.0) if private else "sft"
+    settings = FineTuneSettings(steps=steps, learning_rate=1e-4, mechanism=mechanism)
     found: dict[str, dict[int, dict[str, float]]] = {}
     for name in models.split(","):
         model, root = random_model(name, device, dtype)

@@ -47,7 +47,7 @@ def show_plan(config: Config, gpus: str, rates: Rates, as_json: bool) -> None:
         found |= {
             "stages": {name: vars(stage) for name, stage in hours.stages().items()},
             "sizes_bytes": hours.sizes(),
-            "generation_s": hours.generation_s(),
+            "generation_s": hours.generation_s(graphed=True),
         }
     if as_json:
         print(json.dumps(found))
@@ -125,7 +125,7 @@ def _print_hours(console: Console, found: Mapping[str, Any]) -> None:
     for name, size in found["sizes_bytes"].items():
         table.add_row(name, _gib(size))
     console.print(table)
-    console.print(f"An adapter is generated in {found['generation_s']:.2f} s on one GPU.")
+    console.print(f"The endpoint generates an adapter in {found['generation_s']:.2f} s on one GPU.")
 
 
 def _gib(size: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from gt_ray.curation.jobs import SIDES, Side
 from gt_ray.curation.study import load_roots, root_file
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.generate import check_roots
+from gt_ray.grad_transformer.graphs import GraphedGeneration
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.pairs.root import Root
 from gt_ray.serving.settings import CheckpointSettings
@@ -54,11 +56,16 @@ class Description:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Grad-Transformer that is ready to generate."""
+    """A Grad-Transformer that is ready to generate.
+
+    Attributes:
+        generate: `model.generate`; on a GPU as CUDA graphs.
+    """
 
     model: GradTransformer
     description: Description
     settings: CheckpointSettings
+    generate: Callable[[Tensor], Tensor]
 
 
 def load_checkpoint(name: str, settings: CheckpointSettings, device: str = "cpu") -> Checkpoint:
@@ -84,7 +91,8 @@ def load_checkpoint(name: str, settings: CheckpointSettings, device: str = "cpu"
         config,
         _examples(config),
     )
-    return Checkpoint(model.to(device), description, settings)
+    model.to(device)
+    return Checkpoint(model, description, settings, model.generate if device == "cpu" else GraphedGeneration(model))
 
 
 def roots_of(run: Path, config: Config) -> dict[Side, Root]:

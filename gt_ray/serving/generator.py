@@ -117,11 +117,13 @@ class Generator:
 def _generate(checkpoint: Checkpoint, updates_NLd: Array) -> list[Generated]:
     model = checkpoint.model
     update_S_NLd = torch.from_numpy(updates_NLd).to(model.standard_S.mean.device)
-    update_T_NLd = model.generate(update_S_NLd).cpu().numpy()
+    update_T_NLd = checkpoint.generate(update_S_NLd).cpu().numpy()
     estimates = [model.estimate(update_S_Ld) for update_S_Ld in update_S_NLd]
     return list(zip(update_T_NLd, estimates, strict=True))
 
 
 def _warm_up(checkpoint: Checkpoint) -> None:
-    for n in (1, BATCH):
+    on_cpu = checkpoint.model.standard_S.mean.device.type == "cpu"
+    # Each CUDA graph is recorded as it is first needed: for every power of two.
+    for n in (1, BATCH) if on_cpu else (1 << i for i in range(BATCH.bit_length())):
         _generate(checkpoint, np.stack([checkpoint.description.mean_S_Ld.numpy()] * n))

@@ -21,9 +21,11 @@ from gt_ray.training.sizes import shadow_counts
 CURATION_SHARES = ((0.494e9, 0.132), (7.616e9, 0.342))
 """(Parameters, share of the matrix peak) of Qwen2.5-0.5B with 8 adapters and of 7B with one."""
 TRAINING_SHARE = 0.157
-"""Share of the matrix peak of a Flan-T5-Large-sized phi at 256 tuples; compiled layers reached 0.261 at 512."""
+"""Share of the matrix peak of a Flan-T5-Large-sized phi at 256 tuples; compiled layers reached 0.39 at 1,024."""
 CALL_S = 0.022 / 24
 """Seconds of one layer in a pass too small to fill the GPU: 22 ms for 24 decoder layers, whatever their width."""
+GRAPHED_CALL_S = 0.091 / 28 / 24
+"""The same in a CUDA graph, as the endpoint generates."""
 BACKWARD = 3
 """Time of forward and backward pass over that of the forward pass."""
 ANSWER_TOKENS = 128
@@ -137,11 +139,12 @@ class Hours:
         how = f"{behaviour.steps:,} steps of {step_s:.2f} s on {gpus:g} GPUs, trainers and LLM actors in turns"
         return Stage(wall * gpus, wall, how)
 
-    def generation_s(self) -> float:
+    def generation_s(self, graphed: bool = False) -> float:
         """Of one adapter: block after block, each bound by calls, or by reading the decoder's weights in bf16."""
+        call_s = GRAPHED_CALL_S if graphed else CALL_S
         shape = self.plan.shape
         read = 2 * sum(shape.parts.get(name, 0) for name in ("phi, decoder", "W_T, place of T", "W_out"))
-        return shape.tokens[1] * max(shape.layers[1] * CALL_S, read / self.plan.machines.gpu.bytes_per_s)
+        return shape.tokens[1] * max(shape.layers[1] * call_s, read / self.plan.machines.gpu.bytes_per_s)
 
     def _clients(self) -> Stage:
         pair, tasks = self.config.pair, len(self.config.data.tasks)

@@ -79,6 +79,7 @@ class DataParallel(Strategy):
         ]
 
     def __call__(self, pair: int, update_S_NLd: Tensor, update_T_NLd: Tensor | None = None) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # of compiled layers: what they returned before is no longer needed
         with self._autocast:
             prediction: Tensor = self._module(pair, update_S_NLd, update_T_NLd)
         return prediction.float()

@@ -38,8 +38,12 @@ class Tuples:
 
     def mixed(self, weights_MN: Tensor) -> tuple[Tensor, Tensor]:
         """Mixtures of these tuples."""
-        weights_MN = weights_MN.to(self.S_NLd.device)
-        return torch.einsum("mn,nld->mld", weights_MN, self.S_NLd), torch.einsum("mn,nld->mld", weights_MN, self.T_NLd)
+        # Few weights are not zero; as a dense product this took a tenth of a step of 1,024 tuples on a GPU.
+        sparse_MN = weights_MN.cpu().to_sparse().to(self.S_NLd.device)
+        S_MLd, T_MLd = (
+            torch.sparse.mm(sparse_MN, one.flatten(1)).unflatten(1, one.shape[1:]) for one in (self.S_NLd, self.T_NLd)
+        )
+        return S_MLd, T_MLd
 
 
 def shadow_keys(study: Study, validation: bool) -> list[dict[str, Any]]:

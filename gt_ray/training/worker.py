@@ -253,8 +253,10 @@ def adapt_layers(model: SeveralPairs, settings: TrainingSettings) -> None:
     if settings.activation_checkpointing:
         phi.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.compile:
+        # CUDA graphs, too; beside other workers, or DeepSpeed, these have not been tried.
+        mode = "reduce-overhead" if settings.strategy == "ddp" and settings.workers == 1 else None
         for layer in (*phi.encoder.block, *phi.decoder.block):
-            layer.compile()
+            layer.compile(mode=mode)
 
 
 def _report(strategy: Strategy, rank: int, progress: dict[str, Any], history: list[dict[str, float]]) -> None:

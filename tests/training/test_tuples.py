@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gt_ray.training.tuples import epoch_rows, join, last_updates, load_tuples, mixing_weights
+from gt_ray.training.tuples import Tuples, epoch_rows, join, last_updates, load_tuples, mixing_weights
 from gt_ray.updates.store import UnitMeta, UpdateStore
 
 
@@ -62,6 +62,15 @@ def test_pooling_averages_tuples_of_one_task() -> None:
         assert all(tasks[m] == tasks[n] for m in weights[n].nonzero()[:, 0])
     sizes = {round(1 / float(row[row > 0].min())) for row in weights}
     assert sizes == {1, 2, 3}
+
+
+def test_mixtures_are_weighted_sums() -> None:
+    S, T = torch.randn(4, 2, 3), torch.randn(4, 5, 7)
+    weights = mixing_weights(torch.tensor([0, 1, 0, 1]), 3, torch.Generator().manual_seed(0))
+    mixed = Tuples(S, T, torch.zeros(4), torch.zeros(4)).mixed(weights)
+    for m in range(4):
+        for whole, of_all in zip(mixed, (S, T), strict=True):
+            torch.testing.assert_close(whole[m], sum(weights[m, n] * of_all[n] for n in range(4)))
 
 
 def test_no_pooling_changes_nothing() -> None:
