@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What is left in this process of a cluster that was shut down would end it, without a word, after a minute.
+os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "3600")
 
 import pytest
 import torch
