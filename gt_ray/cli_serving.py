@@ -63,7 +63,10 @@ def finetune(
         float | None, typer.Option(help="Differential privacy of every row, by DP-SGD (`pip install 'gt-ray[dp]'`).")
     ] = None,
     delta: Annotated[float, typer.Option(help="Of --epsilon.")] = 1e-5,
-    row_norm: Annotated[float, typer.Option(help="Of --epsilon: bound of the norm of a row's gradient.")] = 0.1,
+    row_norm: Annotated[
+        float | None,
+        typer.Option(help="Of --epsilon: bound of a row's gradient norm, in place of the service's."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Order of the rows.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; none: a GPU where there is one.")] = None,
     quiet: Quiet = False,
@@ -78,7 +81,9 @@ def finetune(
     progress.quiet(quiet)
     changes: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size}
     if epsilon is not None:
-        changes["mechanism"] = {"name": "dp_sgd", "epsilon": epsilon, "delta": delta, "row_norm": row_norm}
+        changes["mechanism"] = {"name": "dp_sgd", "epsilon": epsilon, "delta": delta}
+        if row_norm is not None:
+            changes["mechanism"]["row_norm"] = row_norm
     run(data, task, out, folder, seed, device, **{key: value for key, value in changes.items() if value is not None})
 
 

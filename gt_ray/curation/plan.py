@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gt_ray.config import Config, Mechanism
+from gt_ray.config import Config, Mechanism, mechanism_label
 from gt_ray.errors import UserError
 from gt_ray.tasks.data import TaskData, fingerprint
 from gt_ray.tasks.populations import shadow_mixtures
@@ -51,6 +51,11 @@ class Shadow:
     rows: str
     tinylm_only: bool = False
     mechanism: Mechanism | None = None
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Domain and learning mechanism: shadows of one task and kind differ by noise."""
+        return self.domain, mechanism_label(self.mechanism or "sft")
 
     @property
     def split(self) -> str:

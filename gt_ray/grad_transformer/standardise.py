@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from gt_ray.updates.layout import Layout
 class Standardiser(nn.Module):
     """z = (update - mean) / scale, for arrays [..., L, d]; kept in the checkpoint as buffers.
 
-    With a rank, z is projected to so many principal components of the training updates: what differs between these is
-    all that can be read of an update, and noise in all other directions, which private clients add, is not seen.
+    With a rank, z is projected to so many directions in which kinds of training updates differ, each weighted so that
+    they differ as much in all of them: the domains of a task may be a hundredth of what tasks are apart. Noise in all
+    other directions, which private clients add, is not seen.
 
     Args:
         rank: R; 0: no projection.
@@ -23,6 +24,7 @@ class Standardiser(nn.Module):
     mean: Tensor
     scale: Tensor
     directions_RP: Tensor
+    gain_R: Tensor
 
     def __init__(self, L: int, d: int, rank: int = 0) -> None:
         super().__init__()
@@ -31,6 +33,7 @@ class Standardiser(nn.Module):
         self.register_buffer("scale", torch.ones(L, d))
         if rank:
             self.register_buffer("directions_RP", torch.zeros(rank, L * d))
+            self.register_buffer("gain_R", torch.zeros(rank))
 
     def fit(self, updates: Iterable[Tensor], layout: Layout, floor: float) -> None:
         """Set mean and scale from training updates, given one [N, L, d] chunk at a time.
@@ -57,18 +60,31 @@ class Standardiser(nn.Module):
         self.mean.copy_(mean.float())
         self.scale.copy_(scale.float())
 
-    def fit_directions(self, updates_KLd: Tensor) -> None:
-        """Set the directions from training updates, after `fit`."""
+    def fit_directions(self, updates_KLd: Tensor, kinds: Sequence[Hashable]) -> None:
+        """Set directions and weights from training updates and the kind of each, after `fit`.
+
+        The directions are principal components of the kinds' means; z has mean square 1 over these and coordinates.
+        """
         z_KP = ((updates_KLd - self.mean) / self.scale).flatten(1)
-        self.directions_RP.copy_(torch.linalg.svd(z_KP, full_matrices=False).Vh[: self.rank])
+        known = list(dict.fromkeys(kinds))
+        of_kind_CK = torch.tensor([[float(kind == one) for kind in kinds] for one in known])
+        means_CP = of_kind_CK @ z_KP / of_kind_CK.sum(1, keepdim=True)
+        _, size_R, right_RP = torch.linalg.svd(means_CP - means_CP.mean(0), full_matrices=False)
+        R = min(self.rank, len(known) - 1)
+        self.directions_RP[:R] = right_RP[:R]
+        rms_R = size_R[:R] / len(known) ** 0.5
+        self.gain_R[:R] = (z_KP.shape[1] / R) ** 0.5 / rms_R
 
     def forward(self, update: Tensor) -> Tensor:
         """Update to z."""
         z: Tensor = (update - self.mean) / self.scale
         if self.rank:
-            z = ((z.flatten(-2) @ self.directions_RP.T) @ self.directions_RP).view_as(z)
+            z = ((z.flatten(-2) @ self.directions_RP.T * self.gain_R) @ self.directions_RP).view_as(z)
         return z
 
     def inverse(self, z: Tensor) -> Tensor:
-        """z to update."""
+        """z to update, as far as z was not projected."""
+        if self.rank:
+            y = torch.where(self.gain_R > 0, z.flatten(-2) @ self.directions_RP.T / self.gain_R, 0.0)
+            z = (y @ self.directions_RP).view_as(z)
         return self.mean + self.scale * z

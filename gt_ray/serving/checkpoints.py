@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gt_ray.config import Config, load_config
+from gt_ray.config import Config, DpSgdSettings, load_config
 from gt_ray.curation.jobs import SIDES, Side
 from gt_ray.curation.study import load_roots, root_file
 from gt_ray.errors import UserError
@@ -93,6 +93,16 @@ def load_checkpoint(name: str, settings: CheckpointSettings, device: str = "cpu"
     )
     model.to(device)
     return Checkpoint(model, description, settings, model.generate if device == "cpu" else GraphedGeneration(model))
+
+
+def private_fine_tune(config: Config) -> dict[str, Any] | None:
+    """How the clients of the study, or else its shadows, were fine-tuned by DP-SGD, whatever their epsilon."""
+    for mechanism in (*config.clients.mechanisms, *config.curation.tinylm_mechanisms):
+        if isinstance(mechanism, DpSgdSettings):
+            settings = config.pair.tinylm.fine_tune.by(mechanism).model_dump(mode="json")
+            settings["mechanism"] = {"name": mechanism.name, "row_norm": mechanism.row_norm}
+            return settings
+    return None
 
 
 def roots_of(run: Path, config: Config) -> dict[Side, Root]:

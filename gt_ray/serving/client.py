@@ -103,7 +103,7 @@ def finetune(
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
     service, root = _service(folder), Root.load(folder / ROOT)
-    settings = _settings(service["checkpoint"]["fine_tune"], changes)
+    settings = _settings(service["checkpoint"], changes)
     rows = read_jsonl(data, task)
     samples = encode(load_tokenizer(root.base_model), TASKS[task], rows, settings.max_length, str(data))
     n_held_out = settings.stop.held_out if settings.stop.when == "plateau" else 0
@@ -218,9 +218,13 @@ def _service(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _settings(recommended: dict[str, Any], changes: dict[str, Any]) -> FineTuneSettings:
+def _settings(checkpoint: dict[str, Any], changes: dict[str, Any]) -> FineTuneSettings:
     from pydantic import ValidationError
 
+    recommended, private = checkpoint["fine_tune"], checkpoint.get("private_fine_tune")
+    mechanism = changes.get("mechanism")
+    if private and isinstance(mechanism, dict) and mechanism.get("name") == "dp_sgd":
+        recommended, changes = private, changes | {"mechanism": private["mechanism"] | mechanism}
     try:
         return FineTuneSettings.model_validate(recommended | changes)
     except ValidationError as error:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from gt_ray.curation.jobs import SIDES, model_settings
 from gt_ray.serving.answers import UPDATE_FILE, ZIP, Answer, media_type
-from gt_ray.serving.checkpoints import Description, block_norms
+from gt_ray.serving.checkpoints import Description, block_norms, private_fine_tune
 from gt_ray.serving.problems import ProblemError, documented
 from gt_ray.serving.service import Service, in_thread, stage
 from gt_ray.serving.tokens import Caller
@@ -115,6 +115,7 @@ class CheckpointInfo(BaseModel):
     tinylm: Model
     llm: Model
     fine_tune: dict[str, Any] = Field(description="how its shadows were fine-tuned; clients do best to do the same")
+    private_fine_tune: dict[str, Any] | None = Field(description="the same for clients with --epsilon, if it says so")
     tasks: list[str] = Field(description="tasks of its shadows")
     samples: int = Field(description="rows of a shadow")
     shadow_norms: list[dict[str, Any]] = Field(description="block norms of the shadows' updates: low, median, high")
@@ -202,6 +203,7 @@ def _checkpoint(one: Description) -> CheckpointInfo:
         sha256=one.sha256,
         **models,
         fine_tune=one.config.pair.tinylm.fine_tune.model_dump(mode="json"),
+        private_fine_tune=private_fine_tune(one.config),
         tasks=list(one.config.data.tasks),
         samples=one.config.curation.samples,
         shadow_norms=one.shadow_norms,

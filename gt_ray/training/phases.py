@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gt_ray.config import GradTransformerSettings, mechanism_label
+from gt_ray.config import GradTransformerSettings
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.network import GradTransformer
@@ -86,7 +86,7 @@ def run_phases(
         first=0,
         steps=0,
         checkpoint_steps=P * max(1, training.checkpoint_epochs * n_tuples // training.batch_size),
-        kinds=[(shadow.domain, mechanism_label(shadow.mechanism or "sft")) for shadow in study.shadows],
+        kinds=[shadow.kind for shadow in study.shadows],
         llms=[],
         progress=str((home / "step").resolve()),
         tracker=(

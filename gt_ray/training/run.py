@@ -177,7 +177,8 @@ def _initial_model(
     )
     model.standard_S.fit(side_chunks(study.store, keys[False], "S"), layout_S, settings.scale_floor)
     if input_rank:
-        model.standard_S.fit_directions(inputs)
+        shadows_of = [study.shadows[row["shadow"]] for row in input_keys(study)]
+        model.standard_S.fit_directions(inputs, [(shadow.task, *shadow.kind) for shadow in shadows_of])
     model.standard_T.fit(side_chunks(study.store, keys[False], "T"), layout_T, settings.scale_floor)
     if model.linear is not None:
         model.fit_linear(*(last_updates(study.store, keys[held_out]) for held_out in (False, True)))

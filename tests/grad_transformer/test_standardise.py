@@ -38,16 +38,22 @@ def test_zero_is_the_mean_update() -> None:
     assert torch.allclose(standard.inverse(torch.zeros(LAYOUT.L, LAYOUT.d)), standard.mean)
 
 
-def test_inputs_are_projected_to_what_differs_between_the_shadows() -> None:
+def test_inputs_are_projected_to_what_differs_between_the_kinds() -> None:
     generator = torch.Generator().manual_seed(4)
-    parts = torch.randn(2, LAYOUT.L, LAYOUT.d, generator=generator)
-    updates = torch.einsum("kr,rld->kld", torch.randn(9, 2, generator=generator), parts) + 1
-    standard = Standardiser(LAYOUT.L, LAYOUT.d, rank=2)
-    standard.fit([updates], LAYOUT, floor=0.0)
-    standard.fit_directions(updates)
-    plain = (updates - standard.mean) / standard.scale
-    torch.testing.assert_close(standard(updates), plain, rtol=1e-3, atol=1e-4)  # nothing of the shadows is lost
+    parts_2P = torch.linalg.qr(torch.randn(LAYOUT.L * LAYOUT.d, 2, generator=generator)).Q.T
+    # Three kinds that differ much in one direction and little in another; members differ by noise.
+    means_CP = torch.tensor([[10.0, 0.1], [-10.0, 0.1], [0.0, -0.2]]) @ parts_2P
+    kinds = [k % 3 for k in range(60)]
+    updates = means_CP[kinds] + 0.001 * torch.randn(60, LAYOUT.L * LAYOUT.d, generator=generator)
+    updates = updates.view(60, LAYOUT.L, LAYOUT.d)
+    standard = Standardiser(LAYOUT.L, LAYOUT.d, rank=7)
+    standard.mean.copy_(updates.mean(0))
+    standard.fit_directions(updates, kinds)
+    z_CP = torch.stack([standard(updates[k::3]).mean(0).flatten() for k in range(3)])
+    assert torch.allclose(z_CP.square().mean(), torch.tensor(1.0), rtol=1e-3)
+    read_C2 = z_CP @ parts_2P.T
+    assert torch.allclose(read_C2.square().mean(0)[0], read_C2.square().mean(0)[1], rtol=0.01)  # as much in both
+    torch.testing.assert_close(standard.inverse(standard(updates)), updates, rtol=0, atol=0.01)
     noise = torch.randn(500, LAYOUT.L, LAYOUT.d, generator=generator)
-    read = standard(updates[:1] + standard.scale * noise) - standard(updates[:1])
-    share = float(read.square().sum() / noise.square().sum())
-    assert abs(share - 2 / (LAYOUT.L * LAYOUT.d)) < 0.02
+    seen = standard.inverse(standard(noise)) - standard.mean
+    assert abs(float(seen.square().sum() / noise.square().sum()) - 2 / (LAYOUT.L * LAYOUT.d)) < 0.03
