@@ -385,7 +385,7 @@ class GradTransformerSettings(Section):
     input_rank: int = Field(
         0,
         ge=0,
-        description="principal components of the shadows' updates that inputs are projected to: noise of private "
+        description="directions in which kinds of shadows differ that inputs are projected to: noise of private "
         "clients in all other directions is not read; 0: no projection, as in the paper",
     )
     linear_rank: int = Field(

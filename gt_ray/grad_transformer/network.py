@@ -110,7 +110,7 @@ class GradTransformer(nn.Module):
         linear_rank: R of the linear path; 0: none, as in the paper.
         shadows: how many training and validation shadows `certainty` knows.
         chunk: coordinates of a token (chunks.py); none: a token is a block, as in the paper.
-        input_rank: principal components that inputs are projected to; 0: no projection, as in the paper.
+        input_rank: directions that inputs are projected to (standardise.py); 0: no projection, as in the paper.
 
     Attributes:
         roots: hashes of the TinyLM and the LLM root whose updates it reads and generates.
