@@ -37,6 +37,14 @@ Kind = tuple[str, str]
 """Domain and learning mechanism of a shadow."""
 
 
+def noisy(update_Ld: Tensor, ratio: float, rms: float, seed: int) -> Tensor:
+    """An update with Gaussian noise of so many times the size that numbers of updates have, and no larger for it:
+    AdamW's steps are as large with noise as without."""
+    generator = torch.Generator().manual_seed(seed)
+    noise_Ld = torch.randn(update_Ld.shape, generator=generator).to(update_Ld.device)
+    return (update_Ld + ratio * rms * noise_Ld) / math.sqrt(1 + ratio**2)
+
+
 @dataclass(frozen=True)
 class _Member:
     """Weights of shadows of one task in an update, and the shadows whose rows belong to it."""
@@ -101,10 +109,7 @@ class Inputs:
                 update_Ld *= math.exp(rng.uniform(0, math.log(LARGEST_SCALE)))
             if settings.noise and rng.random() < NOISY:
                 ratio = rng.uniform(0, settings.noise)
-                generator = torch.Generator().manual_seed(rng.randrange(2**62))
-                noise_Ld = torch.randn(update_Ld.shape, generator=generator).to(update_Ld.device)
-                # AdamW's steps are as large with noise as without, so a noisy update is no larger than another.
-                update_Ld = (update_Ld + ratio * self.rms * noise_Ld) / math.sqrt(1 + ratio**2)
+                update_Ld = noisy(update_Ld, ratio, self.rms, rng.randrange(2**62))
             updates.append(update_Ld)
             chosen = rng.choices(
                 [member.rows_of for _, member in parts], [share for share, _ in parts], k=settings.rows

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gt_ray.grad_transformer.network import GradTransformer, block_loss
 from gt_ray.training.behaviour import Draw, LlmActors
+from gt_ray.training.inputs import noisy
 from gt_ray.training.tuples import Tuples
 
 LEAST_GAIN = 1e-3
@@ -28,11 +29,17 @@ class Validation:
         tuples: the last ones of the validation shadows.
         llm: none where training is not on behaviour.
         asks: whether it is this trainer that asks the LLM, once for all trainers; the others only generate.
+        noise: of the halves, as inputs of training have it: up to so much in each of them.
     """
 
-    def __init__(self, tuples: Tuples, llm: LlmActors | None, asks: bool = True) -> None:
+    def __init__(self, tuples: Tuples, llm: LlmActors | None, asks: bool = True, noise: float = 0.0) -> None:
         self.tuples, self.llm, self.asks = tuples, llm, asks
-        self.weights_MN = torch.cat([torch.eye(len(tuples.task_N)), halves(tuples.task_N)])
+        self.weights_MN = torch.cat([torch.eye(N := len(tuples.task_N)), halves(tuples.task_N)])
+        self.input_MLd = tuples.mixed(self.weights_MN)[0]
+        if noise:
+            rms = float(tuples.S_NLd.square().mean().sqrt())
+            for n in range(N):  # a task's shadows lie all over this order
+                self.input_MLd[N + n] = noisy(self.input_MLd[N + n], noise * (n + 1) / N, rms, seed=n)
         self.draws: list[Draw] = []
         for weights_N in self.weights_MN:
             members = [int(n) for n in weights_N.nonzero()[:, 0]]
@@ -66,7 +73,7 @@ class Validation:
         error_L, of_mean_L = (one.square().sum((0, 2)) for one in (free - target, target))
         found |= {f"block_error/{j}": float(error_L[j] / of_mean_L[j].clamp(min=1e-12)) for j in range(len(error_L))}
         if self.llm is not None:
-            update_MLd = model.standard_T.inverse(own(tuples.mixed(self.weights_MN)[0]))
+            update_MLd = model.standard_T.inverse(own(self.input_MLd))
             if self.asks:
                 loss_M, _ = self.llm(update_MLd, self.draws)
                 found["validation_behaviour"] = float(loss_M.mean())

@@ -56,6 +56,18 @@ def test_validation_tells_the_share_of_the_gain_that_generated_updates_lose() ->
     assert validate(model) == found and len(llm.draws) - asked == len(validate.draws)
 
 
+def test_halves_are_as_noisy_as_inputs_of_training_are() -> None:
+    S, T = torch.ones(8, LAYOUT_S.L, LAYOUT_S.d), torch.zeros(8, LAYOUT_T.L, LAYOUT_T.d)
+    tuples = Tuples(S, T, torch.zeros(8), torch.arange(8))
+    assert torch.equal(Validation(tuples, None).input_MLd, torch.cat([S, S]))
+    input_MLd = Validation(tuples, None, noise=4.0).input_MLd
+    assert torch.equal(input_MLd[:8], S)
+    ratio = 4.0
+    noise_Ld = input_MLd[-1] * (1 + ratio**2) ** 0.5 - 1
+    assert float(noise_Ld.std()) == pytest.approx(ratio, rel=0.4)
+    assert float((input_MLd[8] * (1 + 0.5**2) ** 0.5 - 1).std()) < float(noise_Ld.std())
+
+
 def test_measures_of_several_pairs_are_averaged_under_the_names_of_one() -> None:
     assert together([{"loss": 2.0}]) == {"loss": 2.0}
     assert together([{"loss": 2.0}, {"loss": 4.0}]) == {"loss": 3.0, "loss_0": 2.0, "loss_1": 4.0}
