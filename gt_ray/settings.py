@@ -290,8 +290,8 @@ class BehaviourSettings(Section):
     noise: float = Field(
         0.0,
         ge=0,
-        description="largest share of Gaussian noise in half of the inputs, over that of the update, which becomes no "
-        "larger: for clients whose mechanism adds noise that the shadows' does not, or less of it",
+        description="largest size of Gaussian noise in half of the inputs, over that of updates: for clients, up to 5 "
+        "of them pooled, whose mechanism adds noise that the shadows' does not, or less of it",
     )
     learning_rate: float = Field(1e-4, gt=0, description="of the network")
     linear_learning_rate: float = Field(3e-4, gt=0, description="of the linear path")

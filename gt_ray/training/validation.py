@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gt_ray.grad_transformer.network import GradTransformer, block_loss
 from gt_ray.training.behaviour import Draw, LlmActors
-from gt_ray.training.inputs import noisy
+from gt_ray.training.inputs import MOST_POOLED, noisy
 from gt_ray.training.tuples import Tuples
 
 LEAST_GAIN = 1e-3
@@ -39,7 +39,9 @@ class Validation:
         if noise:
             rms = float(tuples.S_NLd.square().mean().sqrt())
             for n in range(N):  # a task's shadows lie all over this order
-                self.input_MLd[N + n] = noisy(self.input_MLd[N + n], noise * (n + 1) / N, rms, seed=n)
+                self.input_MLd[N + n] = noisy(
+                    self.input_MLd[N + n], noise * (n + 1) / N, rms, 1 + n % MOST_POOLED, seed=n
+                )
         self.draws: list[Draw] = []
         for weights_N in self.weights_MN:
             members = [int(n) for n in weights_N.nonzero()[:, 0]]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import pytest
 import torch
 from torch import Tensor
 
 from gt_ray.config import BehaviourSettings
 from gt_ray.training.behaviour import Draw
-from gt_ray.training.inputs import LARGEST_SCALE, Inputs
+from gt_ray.training.inputs import LARGEST_SCALE, OF_NOISE, Inputs, noisy
 
 TASK = [0] * 6 + [1] * 6
 DOMAIN = ["a", "a", "a", "b", "b", "a+b"] * 2
@@ -70,15 +71,21 @@ def test_shadows_of_different_mechanisms_are_different_kinds() -> None:
     assert all((weights[:3] == 0).all() or (weights[3:] == 0).all() for weights in updates[:, 0])
 
 
-def test_half_of_the_inputs_get_noise_and_none_becomes_larger() -> None:
+def test_half_of_the_inputs_get_noise_as_means_of_private_clients_have_it() -> None:
     known = torch.ones(2, 4, 2000)
     known[:, ::2] = -1
     inputs = Inputs(5 * known, [0, 0], [("", "sft")] * 2, [0, 1])
-    noisy, _ = drawn(inputs, 400, rows=1, mix=0, noise=3)
-    size_G = noisy.square().mean((1, 2)).sqrt()
-    assert float(size_G.min()) > 4.9 and float(size_G.max()) < 5.1 * LARGEST_SCALE
-    signal_G = (noisy * known[0]).mean((1, 2)) / size_G
-    assert 0.4 < float((signal_G < 0.999).float().mean()) < 0.6 and 0.3 < float(signal_G.min()) < 0.4  # 1 / sqrt(10)
+    drawn_GLd, _ = drawn(inputs, 400, rows=1, mix=0, noise=3)
+    size_G = drawn_GLd.square().mean((1, 2)).sqrt()
+    assert float(size_G.max()) < 5.1 * LARGEST_SCALE
+    signal_G = (drawn_GLd * known[0]).mean((1, 2)) / size_G  # 1 / sqrt(1 + ratio^2 / pooled)
+    assert 0.4 < float((signal_G < 0.9999).float().mean()) < 0.6 and 0.3 < float(signal_G.min()) < 0.4
+    for ratio, pooled in ((3.0, 1), (3.0, 5), (12.0, 4)):
+        one_Ld = noisy(5 * known[0], ratio, 5.0, pooled, seed=0)
+        shrunk = float((one_Ld * known[0]).mean()) / 5
+        assert shrunk == pytest.approx((1 + (ratio / OF_NOISE) ** 2) ** -0.5, rel=0.15)
+        rest_Ld = one_Ld - 5 * shrunk * known[0]
+        assert float(rest_Ld.std()) == pytest.approx(5 * shrunk * ratio / pooled**0.5, rel=0.15)
 
 
 def test_means_over_tasks_have_rows_of_all_of_them() -> None:
