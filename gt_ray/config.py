@@ -10,29 +10,31 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from gt_ray.errors import UserError
-from gt_ray.settings import (
-    BehaviourSettings,
-    ClientSettings,
-    CurationSettings,
-    DataSettings,
+from gt_ray.fine_tune_settings import (
     DpSgdSettings,
-    EvaluationSettings,
     FineTuneSettings,
     GibbsSettings,
-    GradTransformerSettings,
     LoraSettings,
     Mechanism,
     ModelSettings,
     NoisyErmSettings,
     PairSettings,
+    Section,
+    StopSettings,
+    mechanism_label,
+)
+from gt_ray.settings import (
+    BehaviourSettings,
+    ClientSettings,
+    CurationSettings,
+    DataSettings,
+    EvaluationSettings,
+    GradTransformerSettings,
     PhiSettings,
     PopulationName,
     RefinementSettings,
-    Section,
-    StopSettings,
     TrainingSettings,
     VllmSettings,
-    mechanism_label,
 )
 
 __all__ = [

@@ -214,7 +214,7 @@ class Engine:
                         held_out[g].append([step, loss])
                         schedule.check(g, step, loss)
                 batch = [mechanism.draw(g, step) for g in active]
-                factors = [schedule.factor(g, step) for g in active]
+                factors = [schedule.factor(g, step) if mechanism.decays else 1.0 for g in active]
                 optimizer.zero_grad()
                 loss_G = mechanism.gradients(self.losses, Step(step, trained, active, batch, pieces, factors))
                 _step(optimizer, trained, factors)

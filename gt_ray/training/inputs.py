@@ -29,8 +29,6 @@ MOST_NOISE = 0.7
 """Largest t."""
 NOISY = 0.5
 """Share of the inputs that get noise, where the settings say so."""
-OF_NOISE = 0.6
-"""Size of an update that AdamW makes of noise alone, over one without noise: of 16 steps, measured."""
 MOST_POOLED = 5
 """Clients whose mean a noisy input is like."""
 SCALED, LARGEST_SCALE = 0.3, 1.75
@@ -41,12 +39,10 @@ Kind = tuple[str, str]
 """Domain and learning mechanism of a shadow."""
 
 
-def noisy(update_Ld: Tensor, ratio: float, rms: float, pooled: int, seed: int) -> Tensor:
-    """An update as the mean of those of so many clients would be, each with Gaussian noise of `ratio` times the size
-    that numbers of updates have. The signal shrinks, for AdamW's steps are no larger for the noise."""
+def noisy(update_Ld: Tensor, deviation: float, seed: int) -> Tensor:
+    """An update with Gaussian noise, as DP-SGD with plain steps adds it."""
     generator = torch.Generator().manual_seed(seed)
-    noise_Ld = torch.randn(update_Ld.shape, generator=generator).to(update_Ld.device)
-    return (update_Ld + ratio * rms / math.sqrt(pooled) * noise_Ld) / math.sqrt(1 + (ratio / OF_NOISE) ** 2)
+    return update_Ld + deviation * torch.randn(update_Ld.shape, generator=generator).to(update_Ld.device)
 
 
 @dataclass(frozen=True)
@@ -112,8 +108,8 @@ class Inputs:
             if rng.random() < SCALED:
                 update_Ld *= math.exp(rng.uniform(0, math.log(LARGEST_SCALE)))
             if settings.noise and rng.random() < NOISY:
-                ratio = rng.uniform(0, settings.noise)
-                update_Ld = noisy(update_Ld, ratio, self.rms, rng.randint(1, MOST_POOLED), rng.randrange(2**62))
+                deviation = rng.uniform(0, settings.noise) * self.rms / math.sqrt(rng.randint(1, MOST_POOLED))
+                update_Ld = noisy(update_Ld, deviation, rng.randrange(2**62))
             updates.append(update_Ld)
             chosen = rng.choices(
                 [member.rows_of for _, member in parts], [share for share, _ in parts], k=settings.rows

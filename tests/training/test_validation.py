@@ -9,7 +9,6 @@ import torch
 
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.training.behaviour import Draw
-from gt_ray.training.inputs import OF_NOISE
 from gt_ray.training.tuples import Tuples
 from gt_ray.training.validation import Validation, halves, together
 from tests.grad_transformer.test_network import LAYOUT_S, LAYOUT_T
@@ -63,8 +62,7 @@ def test_halves_are_as_noisy_as_inputs_of_training_are() -> None:
     assert torch.equal(Validation(tuples, None).input_MLd, torch.cat([S, S]))
     input_MLd = Validation(tuples, None, noise=4.0).input_MLd
     assert torch.equal(input_MLd[:8], S)
-    shrunk = (1 + (4.0 / OF_NOISE) ** 2) ** 0.5
-    assert float((input_MLd[-1] * shrunk - 1).std()) == pytest.approx(4.0 / 3**0.5, rel=0.4)  # the eighth: of three
+    assert float((input_MLd[-1] - 1).std()) == pytest.approx(4.0 / 3**0.5, rel=0.4)  # the eighth: of three
 
 
 def test_measures_of_several_pairs_are_averaged_under_the_names_of_one() -> None:

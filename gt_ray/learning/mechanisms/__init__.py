@@ -5,8 +5,8 @@
     noisy_erm   plain fine-tuning, then noise on the update                        noisy_erm.py
     gibbs       stochastic gradient Langevin dynamics                              gibbs.py
 
-A new mechanism is one file, its settings in `gt_ray.settings.Mechanism`, and one line here. The engine asks nothing of
-it but what `Sft` has.
+A new mechanism is one file, its settings in `gt_ray.fine_tune_settings.Mechanism`, and one line here. The engine asks
+nothing of it but what `Sft` has.
 """
 
 from __future__ import annotations

@@ -44,9 +44,14 @@ class Sft:
     Args:
         sets: what each adapter of the group is fine-tuned on.
 
+    Attributes:
+        decays: whether the rate falls as the schedule says.
+
     Raises:
         UserError: a set does not do for the mechanism.
     """
+
+    decays = True
 
     def __init__(self, settings: FineTuneSettings, sets: Sequence[TrainingSet]) -> None:
         self.settings, self.sets = settings, sets

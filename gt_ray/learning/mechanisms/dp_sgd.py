@@ -3,8 +3,8 @@
 For the gradient of a row every row gets a copy of its adapter (stacked.py), so that one backward pass gives the
 gradients of all rows of all clients, nearly for free: the frozen weights see one large batch as always.
 
-Differential privacy is of rows: of two data sets, one with a row more. AdamW sees noisy gradients alone, so it costs
-nothing. What the noise is drawn from must be secret: `TrainingSet.noise_seed`.
+Differential privacy is of rows: of two data sets, one with a row more. The optimizer sees noisy gradients alone, so it
+costs nothing. What the noise is drawn from must be secret: `TrainingSet.noise_seed`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class DpSgd(Sft):
     def __init__(self, settings: FineTuneSettings, sets: Sequence[TrainingSet]) -> None:
         super().__init__(settings, sets)
         self.noise_G = [self.statement(settings, len(one.samples))["noise_multiplier"] for one in sets]
+        self.plain = _mechanism(settings).optimizer == "sgd"
+        self.decays = not self.plain
 
     @staticmethod
     def statement(settings: FineTuneSettings, samples: int) -> dict[str, Any]:
@@ -52,6 +54,12 @@ class DpSgd(Sft):
             promised = {"epsilon": mechanism.epsilon, "delta": mechanism.delta, "accountant": "prv", "protects": "row"}
         counted = {"noise_multiplier": noise, "sample_rate": rate, "steps": settings.steps}
         return {"name": mechanism.name, **promised, **counted, "row_norm": mechanism.row_norm}
+
+    def optimizer(self, trained: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """AdamW, or plain steps."""
+        if self.plain:
+            return torch.optim.SGD(trained, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay)
+        return super().optimizer(trained)
 
     def draw(self, g: int, step: int) -> list[Sample]:
         """Each row with probability `sample_rate`, whatever became of it before."""

@@ -193,3 +193,22 @@ def test_a_noise_multiplier_promises_nothing(settings: ModelSettings, root: Root
     assert torch.equal(one, other) and float(one.abs().max()) > 0
     with pytest.raises(ValueError, match="give one of them"):
         DpSgdSettings(epsilon=1.0, noise_multiplier=2.0)
+
+
+def test_plain_steps_add_up_all_noisy_gradients_alike(settings: ModelSettings, root: Root) -> None:
+    """With a small rate, the update is the rate times the sum of the gradients at the root."""
+    rate, steps, rows = 1e-4, 4, sets(1, rows=6)[0].samples
+    mechanism = {"name": "dp_sgd", "noise_multiplier": 0.0, "optimizer": "sgd", "row_norm": SMALL}
+    tune = FineTuneSettings.model_validate(
+        {"steps": steps, "batch_size": 6, "learning_rate": rate, "weight_decay": 0.0, "mechanism": mechanism}
+    )
+    engine = Engine(load_model(settings), root)
+    ((_, result),) = engine.fine_tune([TrainingSet(rows, 0)], tune)
+    assert isinstance(result, FineTuned)
+    with engine.losses.short_cuts(), stacked(engine.model, root, 1) as parameters:
+        clipped_sums(engine.losses, list(parameters.values()), [rows], SMALL)
+        gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    expected_Ld = root.layout.to_array({name: -rate * steps / 6 * grad[0] for name, grad in gradients.items()})
+    torch.testing.assert_close(
+        result.snapshots_JLd[-1], expected_Ld, rtol=0.02, atol=1e-3 * float(expected_Ld.abs().max())
+    )
