@@ -39,9 +39,8 @@ class Validation:
         if noise:
             rms = float(tuples.S_NLd.square().mean().sqrt())
             for n in range(N):  # a task's shadows lie all over this order
-                self.input_MLd[N + n] = noisy(
-                    self.input_MLd[N + n], noise * (n + 1) / N, rms, 1 + n % MOST_POOLED, seed=n
-                )
+                deviation = noise * (n + 1) / N * rms / math.sqrt(1 + n % MOST_POOLED)
+                self.input_MLd[N + n] = noisy(self.input_MLd[N + n], deviation, seed=n)
         self.draws: list[Draw] = []
         for weights_N in self.weights_MN:
             members = [int(n) for n in weights_N.nonzero()[:, 0]]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gt_ray.config import BehaviourSettings
 from gt_ray.training.behaviour import Draw
-from gt_ray.training.inputs import Inputs
+from gt_ray.training.inputs import LARGEST_SCALE, Inputs
 
 TASK = [0] * 6 + [1] * 6
 DOMAIN = ["a", "a", "a", "b", "b", "a+b"] * 2
