@@ -105,6 +105,9 @@ class BehaviourSettings(Section):
         description="largest size of Gaussian noise in half of the inputs, over that of updates: for clients, up to 5 "
         "of them pooled, whose mechanism adds noise that the shadows' does not, or less of it",
     )
+    noise_shrinks: bool = Field(
+        True, description="whether the signal shrinks as noise grows, as with AdamW; false: DP-SGD by plain steps (sgd)"
+    )
     learning_rate: float = Field(1e-4, gt=0, description="of the network")
     linear_learning_rate: float = Field(3e-4, gt=0, description="of the linear path")
     teacher: float = Field(

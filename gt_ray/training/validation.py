@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from gt_ray.config import BehaviourSettings
 from gt_ray.grad_transformer.network import GradTransformer, block_loss
 from gt_ray.training.behaviour import Draw, LlmActors
 from gt_ray.training.inputs import MOST_POOLED, noisy
@@ -29,18 +30,25 @@ class Validation:
         tuples: the last ones of the validation shadows.
         llm: none where training is not on behaviour.
         asks: whether it is this trainer that asks the LLM, once for all trainers; the others only generate.
-        noise: of the halves, as inputs of training have it: up to so much in each of them.
+        behaviour: how inputs of training are noisy; the halves are, too. None: they are not.
     """
 
-    def __init__(self, tuples: Tuples, llm: LlmActors | None, asks: bool = True, noise: float = 0.0) -> None:
+    def __init__(
+        self,
+        tuples: Tuples,
+        llm: LlmActors | None,
+        asks: bool = True,
+        behaviour: BehaviourSettings | None = None,
+    ) -> None:
         self.tuples, self.llm, self.asks = tuples, llm, asks
         self.weights_MN = torch.cat([torch.eye(N := len(tuples.task_N)), halves(tuples.task_N)])
         self.input_MLd = tuples.mixed(self.weights_MN)[0]
-        if noise:
+        if behaviour is not None and behaviour.noise:
             rms = float(tuples.S_NLd.square().mean().sqrt())
             for n in range(N):  # a task's shadows lie all over this order
-                deviation = noise * (n + 1) / N * rms / math.sqrt(1 + n % MOST_POOLED)
-                self.input_MLd[N + n] = noisy(self.input_MLd[N + n], deviation, seed=n)
+                ratio = behaviour.noise * (n + 1) / N
+                deviation = ratio * rms / math.sqrt(1 + n % MOST_POOLED)
+                self.input_MLd[N + n] = noisy(self.input_MLd[N + n], deviation, ratio, behaviour.noise_shrinks, seed=n)
         self.draws: list[Draw] = []
         for weights_N in self.weights_MN:
             members = [int(n) for n in weights_N.nonzero()[:, 0]]

@@ -85,8 +85,8 @@ def train_worker(config: dict[str, Any]) -> None:
             progress, history = restore(Path(folder), strategy)
             done = progress["step"]
     of_pairs = task.llms or itertools.repeat(None, P)
-    noise = settings.behaviour.noise
-    validations = [Validation(_validation_tuples(i, device), llm, rank == 0, noise) for i, llm in enumerate(of_pairs)]
+    asks, behaviour = rank == 0, settings.behaviour
+    validations = [Validation(_validation_tuples(i, device), llm, asks, behaviour) for i, llm in enumerate(of_pairs)]
     inputs = [Inputs.of(list(_batches(f"inputs-{i}", 64, device)), task.kinds) for i in range(len(task.llms))]
     # Ray Data may have more batches than there are steps, by rounding; behaviour needs none.
     batches: Iterator[dict[str, Tensor]] = itertools.repeat({})

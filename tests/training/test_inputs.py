@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gt_ray.config import BehaviourSettings
 from gt_ray.training.behaviour import Draw
-from gt_ray.training.inputs import LARGEST_SCALE, Inputs
+from gt_ray.training.inputs import LARGEST_SCALE, Inputs, noisy
 
 TASK = [0] * 6 + [1] * 6
 DOMAIN = ["a", "a", "a", "b", "b", "a+b"] * 2
@@ -75,12 +75,14 @@ def test_half_of_the_inputs_get_noise_as_means_of_private_clients_have_it() -> N
     known = torch.ones(2, 4, 2000)
     known[:, ::2] = -1
     inputs = Inputs(5 * known, [0, 0], [("", "sft")] * 2, [0, 1])
-    drawn_GLd, _ = drawn(inputs, 400, rows=1, mix=0, noise=3)
+    drawn_GLd, _ = drawn(inputs, 400, rows=1, mix=0, noise=3, noise_shrinks=False)
     noise_GLd = drawn_GLd - (drawn_GLd * known[0]).mean((1, 2), keepdim=True) * known[0]
     deviation_G = noise_GLd.square().mean((1, 2)).sqrt() / 5  # evenly up to 3, over the root of 1 to 5 clients
     assert 0.4 < float((deviation_G > 1e-3).float().mean()) < 0.6 and 2.0 < float(deviation_G.max()) < 3.1
     expected = 1.5 * sum(n**-0.5 for n in range(1, 6)) / 5
     assert float(deviation_G[deviation_G > 1e-3].mean()) == pytest.approx(expected, rel=0.15)
+    shrunk_Ld = noisy(5 * known[0], 6.0, 3.0, True, seed=0)
+    torch.testing.assert_close(shrunk_Ld, noisy(5 * known[0], 6.0, 3.0, False, seed=0) / (1 + 25) ** 0.5)
 
 
 def test_means_over_tasks_have_rows_of_all_of_them() -> None:

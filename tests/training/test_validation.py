@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from gt_ray.config import BehaviourSettings
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.training.behaviour import Draw
 from gt_ray.training.tuples import Tuples
@@ -60,7 +61,8 @@ def test_halves_are_as_noisy_as_inputs_of_training_are() -> None:
     S, T = torch.ones(8, LAYOUT_S.L, LAYOUT_S.d), torch.zeros(8, LAYOUT_T.L, LAYOUT_T.d)
     tuples = Tuples(S, T, torch.zeros(8), torch.arange(8))
     assert torch.equal(Validation(tuples, None).input_MLd, torch.cat([S, S]))
-    input_MLd = Validation(tuples, None, noise=4.0).input_MLd
+    behaviour = BehaviourSettings(noise=4.0, noise_shrinks=False)
+    input_MLd = Validation(tuples, None, behaviour=behaviour).input_MLd
     assert torch.equal(input_MLd[:8], S)
     assert float((input_MLd[-1] - 1).std()) == pytest.approx(4.0 / 3**0.5, rel=0.4)  # the eighth: of three
 
