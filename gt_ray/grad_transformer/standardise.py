@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from gt_ray.errors import UserError
 from gt_ray.updates.layout import Layout
 
 
@@ -64,13 +65,18 @@ class Standardiser(nn.Module):
         """Set directions and weights from training updates and the kind of each, after `fit`.
 
         The directions are principal components of the kinds' means; z has mean square 1 over these and coordinates.
+
+        Raises:
+            UserError: there are no kinds that differ.
         """
         z_KP = ((updates_KLd - self.mean) / self.scale).flatten(1)
         known = list(dict.fromkeys(kinds))
         of_kind_CK = torch.tensor([[float(kind == one) for kind in kinds] for one in known])
         means_CP = of_kind_CK @ z_KP / of_kind_CK.sum(1, keepdim=True)
         _, size_R, right_RP = torch.linalg.svd(means_CP - means_CP.mean(0), full_matrices=False)
-        R = min(self.rank, len(known) - 1)
+        R = min(self.rank, int((size_R > 1e-6 * z_KP.norm() / len(z_KP) ** 0.5).sum()))
+        if not R:
+            raise UserError("input_rank needs shadows of several tasks, domains or learning mechanisms; set it to 0")
         self.directions_RP[:R] = right_RP[:R]
         rms_R = size_R[:R] / len(known) ** 0.5
         self.gain_R[:R] = (z_KP.shape[1] / R) ** 0.5 / rms_R

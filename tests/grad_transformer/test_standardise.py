@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from gt_ray.errors import UserError
 from gt_ray.grad_transformer.standardise import Standardiser
 from gt_ray.updates.layout import Layout
 
@@ -57,3 +59,9 @@ def test_inputs_are_projected_to_what_differs_between_the_kinds() -> None:
     noise = torch.randn(500, LAYOUT.L, LAYOUT.d, generator=generator)
     seen = standard.inverse(standard(noise)) - standard.mean
     assert abs(float(seen.square().sum() / noise.square().sum()) - 2 / (LAYOUT.L * LAYOUT.d)) < 0.03
+
+
+def test_without_kinds_there_are_no_directions() -> None:
+    standard = Standardiser(LAYOUT.L, LAYOUT.d, rank=7)
+    with pytest.raises(UserError, match="input_rank needs shadows of several tasks, domains or learning mechanisms"):
+        standard.fit_directions(torch.randn(5, LAYOUT.L, LAYOUT.d), ["a"] * 5)
