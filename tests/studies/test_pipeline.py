@@ -228,6 +228,7 @@ def test_a_study_runs_cells_once_and_shares_units(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two whole studies
 def test_a_study_over_seeds_sums_up_its_populations(
     tiny_pair: tuple[Path, Path], tmp_path: Path, ray_cluster: None
 ) -> None:
