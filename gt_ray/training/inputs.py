@@ -41,15 +41,16 @@ Kind = tuple[str, str]
 """Domain and learning mechanism of a shadow."""
 
 
-def noisy(update_Ld: Tensor, deviation: float, ratio: float, shrinks: bool, seed: int) -> Tensor:
-    """An update with Gaussian noise.
+def noisy(update_Ld: Tensor, ratio: float, rms: float, pooled: int, shrinks: bool, seed: int) -> Tensor:
+    """An update as the mean of those of so many clients is, each with Gaussian noise.
 
     Args:
-        ratio: of the noise of one client to what updates are; `deviation` is that of the pooled one.
+        ratio: of a client's noise to `rms`, the size of numbers of updates.
         shrinks: with the noise its signal becomes smaller, as AdamW's steps are no larger for the noise.
     """
     generator = torch.Generator().manual_seed(seed)
-    noisy_Ld = update_Ld + deviation * torch.randn(update_Ld.shape, generator=generator).to(update_Ld.device)
+    noise_Ld = torch.randn(update_Ld.shape, generator=generator).to(update_Ld.device)
+    noisy_Ld = update_Ld + ratio * rms / math.sqrt(pooled) * noise_Ld
     return noisy_Ld / math.sqrt(1 + (ratio / OF_NOISE) ** 2) if shrinks else noisy_Ld
 
 
@@ -116,9 +117,8 @@ class Inputs:
             if rng.random() < SCALED:
                 update_Ld *= math.exp(rng.uniform(0, math.log(LARGEST_SCALE)))
             if settings.noise and rng.random() < NOISY:
-                ratio = rng.uniform(0, settings.noise)
-                deviation = ratio * self.rms / math.sqrt(rng.randint(1, MOST_POOLED))
-                update_Ld = noisy(update_Ld, deviation, ratio, settings.noise_shrinks, rng.randrange(2**62))
+                ratio, pooled = rng.uniform(0, settings.noise), rng.randint(1, MOST_POOLED)
+                update_Ld = noisy(update_Ld, ratio, self.rms, pooled, settings.noise_shrinks, rng.randrange(2**62))
             updates.append(update_Ld)
             chosen = rng.choices(
                 [member.rows_of for _, member in parts], [share for share, _ in parts], k=settings.rows

@@ -168,7 +168,8 @@ def _initial_model(
             phi = phi_of(phi_config(settings.phi))
     elif settings.phi:
         phi = make_phi(settings.phi)
-    inputs = load_inputs([row["S"] for row in input_keys(study)], study.store)
+    input_rows = input_keys(study)
+    inputs = load_inputs([row["S"] for row in input_rows], study.store)
     validation_S = load_inputs([row["S"] for row in keys[True]], study.store)
     shadows = len(inputs), len(validation_S)
     input_rank = min(settings.input_rank, len(inputs))
@@ -177,7 +178,7 @@ def _initial_model(
     )
     model.standard_S.fit(side_chunks(study.store, keys[False], "S"), layout_S, settings.scale_floor)
     if input_rank:
-        shadows_of = [study.shadows[row["shadow"]] for row in input_keys(study)]
+        shadows_of = [study.shadows[row["shadow"]] for row in input_rows]
         model.standard_S.fit_directions(inputs, [(shadow.task, *shadow.kind) for shadow in shadows_of])
     model.standard_T.fit(side_chunks(study.store, keys[False], "T"), layout_T, settings.scale_floor)
     if model.linear is not None:

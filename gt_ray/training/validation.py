@@ -46,9 +46,9 @@ class Validation:
         if behaviour is not None and behaviour.noise:
             rms = float(tuples.S_NLd.square().mean().sqrt())
             for n in range(N):  # a task's shadows lie all over this order
-                ratio = behaviour.noise * (n + 1) / N
-                deviation = ratio * rms / math.sqrt(1 + n % MOST_POOLED)
-                self.input_MLd[N + n] = noisy(self.input_MLd[N + n], deviation, ratio, behaviour.noise_shrinks, seed=n)
+                ratio, pooled = behaviour.noise * (n + 1) / N, 1 + n % MOST_POOLED
+                half_Ld = self.input_MLd[N + n]
+                self.input_MLd[N + n] = noisy(half_Ld, ratio, rms, pooled, behaviour.noise_shrinks, seed=n)
         self.draws: list[Draw] = []
         for weights_N in self.weights_MN:
             members = [int(n) for n in weights_N.nonzero()[:, 0]]

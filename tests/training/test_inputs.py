@@ -81,8 +81,8 @@ def test_half_of_the_inputs_get_noise_as_means_of_private_clients_have_it() -> N
     assert 0.4 < float((deviation_G > 1e-3).float().mean()) < 0.6 and 2.0 < float(deviation_G.max()) < 3.1
     expected = 1.5 * sum(n**-0.5 for n in range(1, 6)) / 5
     assert float(deviation_G[deviation_G > 1e-3].mean()) == pytest.approx(expected, rel=0.15)
-    shrunk_Ld = noisy(5 * known[0], 6.0, 3.0, True, seed=0)
-    torch.testing.assert_close(shrunk_Ld, noisy(5 * known[0], 6.0, 3.0, False, seed=0) / (1 + 25) ** 0.5)
+    shrunk_Ld = noisy(5 * known[0], 3.0, 2.0, 1, True, seed=0)
+    torch.testing.assert_close(shrunk_Ld, noisy(5 * known[0], 3.0, 2.0, 1, False, seed=0) / (1 + 25) ** 0.5)
 
 
 def test_means_over_tasks_have_rows_of_all_of_them() -> None:
