@@ -4,9 +4,10 @@
     python benchmarks/training.py --part phi            # one CUDA GPU: phi of Flan-T5-Large's size
 
 loop: optimizer steps of this loop and of transformers' Trainer on the same phi and batches, in turns. Trainer has the
-whole T5, as one would who has not taken out token embeddings and LM head.
-ray: whole trainings by Ray Train with one worker and with two, each with a batch of its own: tuples a second, and the
-share of the time that trainers wait for data.
+whole T5 with its token embeddings, once called as T5 is called, which computes the logits of the LM head, too
+(`vs_trainer`), and once by encoder and decoder alone (`vs_trainer_headless`).
+ray: whole trainings by Ray Train with one worker and with two, each with a batch of its own: tuples a second from the
+first batch on, the share of the time that trainers wait for data, and the seconds until the first batch is there.
 strategies: a step of two workers by each strategy.
 phi: at the shapes of 3B -> 7B and 0.5B -> 32B, bf16: tuples a second, share of what a large matrix product reaches,
 bytes beside what the planner says.
@@ -63,7 +64,7 @@ def step_of(strategy: Strategy, tuples: Tuples, settings: TrainingSettings) -> C
 
 
 def by_loop(layout_S: Layout, layout_T: Layout, N: int, rounds: int) -> dict[str, float]:
-    """This loop and Trainer in turns; medians in seconds a step."""
+    """This loop, Trainer, and Trainer without LM head in turns; medians in seconds a step."""
     from transformers import T5ForConditionalGeneration, Trainer, TrainingArguments
 
     device = torch.device("cpu")
@@ -74,13 +75,16 @@ def by_loop(layout_S: Layout, layout_T: Layout, N: int, rounds: int) -> dict[str
     own = step_of(start_strategy(several, groups_of(several, "tuples"), settings, device, False), tuples, settings)
 
     class Whole(GradTransformer):
-        """The same with all of a T5 with a usual vocabulary, as Trainer is given it."""
+        """The same with all of a T5 with a usual vocabulary, as Trainer is given it; its own forward pass, which is the
+        only one that T5ForConditionalGeneration has, ends with the logits."""
 
-        def __init__(self) -> None:
+        def __init__(self, head: bool) -> None:
             config = make_phi(SMALL).config
             config.vocab_size = 32128
             t5: Any = T5ForConditionalGeneration(config)
             super().__init__(layout_S, layout_T, t5, {"tinylm": "", "llm": ""})
+            if head:
+                t5.decoder.register_forward_hook(lambda _module, _given, out: (t5.lm_head(out[0]), None)[1])
 
         def forward(self, S: torch.Tensor, T: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
             return {"loss": torch.nn.functional.mse_loss(super().forward(S, T), self.standard_T(T))}
@@ -89,7 +93,7 @@ def by_loop(layout_S: Layout, layout_T: Layout, N: int, rounds: int) -> dict[str
     rows = [{"S": S, "T": T} for S, T in zip(tuples.S_NLd, tuples.T_NLd, strict=True)] * steps
     logging.disable(logging.WARNING)
 
-    def by_trainer() -> float:
+    def by_trainer(head: bool) -> float:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             arguments = TrainingArguments(
                 folder,
@@ -101,14 +105,15 @@ def by_loop(layout_S: Layout, layout_T: Layout, N: int, rounds: int) -> dict[str
                 disable_tqdm=True,
                 remove_unused_columns=False,
             )
-            trainer = Trainer(Whole().train(), arguments, train_dataset=rows)
+            trainer = Trainer(Whole(head).train(), arguments, train_dataset=rows)
             return float(trainer.train().metrics["train_runtime"]) / steps
 
     own()
-    found: dict[str, list[float]] = {"own": [], "trainer": []}
+    found: dict[str, list[float]] = {"own": [], "trainer": [], "headless": []}
     for _ in range(rounds):
         found["own"].append(statistics.median(seconds(own, device) for _ in range(steps)))
-        found["trainer"].append(by_trainer())
+        found["trainer"].append(by_trainer(head=True))
+        found["headless"].append(by_trainer(head=False))
     return {name: statistics.median(walls) for name, walls in found.items()}
 
 
@@ -156,8 +161,9 @@ def by_ray(folder: Path, workers: int, epochs: int) -> dict[str, float]:
         ray.shutdown()
     last = json.loads((out / "history.json").read_text())[-1]
     return {
-        "tuples_per_s": last["step"] * 32 * workers / last["wall_s"],
+        "tuples_per_s": last["step"] * 32 * workers / last["train_s"],
         "data_wait_share": last["data_wait_share"],
+        "first_batch_s": last["first_batch_s"],
     }
 
 
@@ -252,13 +258,18 @@ def main(
         layouts = [layout_of(f"embedded:{side}", LoraSettings()) for side in ("tinylm", "llm")]
         walls = by_loop(layouts[0], layouts[1], 32, rounds)
         found["vs_trainer"] = walls["trainer"] / walls["own"]
-        print(f"a step of 32 tuples: {walls['own']:.3f} s, by Trainer {walls['trainer']:.3f} s")
+        found["vs_trainer_headless"] = walls["headless"] / walls["own"]
+        print(
+            f"a step of 32 tuples: {walls['own']:.3f} s, by Trainer {walls['trainer']:.3f} s, without its LM head "
+            f"{walls['headless']:.3f} s"
+        )
     if part in ("cpu", "ray"):
         with tempfile.TemporaryDirectory() as folder:
             one, two = (by_ray(Path(folder), workers, epochs) for workers in (1, 2))
         found |= {
             "data_wait_share": one["data_wait_share"],
             "data_wait_share_2": two["data_wait_share"],
+            "first_batch_s": one["first_batch_s"],
             "tuples_per_s": one["tuples_per_s"],
             "weak_scaling_2": two["tuples_per_s"] / (2 * one["tuples_per_s"]),
         }

@@ -70,16 +70,23 @@ class Meter:
 
     def _start(self) -> None:
         self._started, self._waited_s, self._tokens, self._operations = time.perf_counter(), 0.0, 0, 0.0
+        self._first_batch_s = 0.0
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, and the time until each is there counted as waiting."""
+        """The batches, and the time until each is there counted as waiting; until the first one, as starting."""
+        first = True
         while True:
             asked = time.perf_counter()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
-            self._waited_s += time.perf_counter() - asked
+            waited_s = time.perf_counter() - asked
+            if first:  # Ray Data starts its workers meanwhile, once, however long the training is
+                self._first_batch_s += waited_s
+            else:
+                self._waited_s += waited_s
+            first = False
             yield batch
 
     def count(self, model: GradTransformer, tuples: int) -> None:
@@ -89,11 +96,15 @@ class Meter:
             self._operations += tuples * self._of_a_tuple(model)
 
     def read(self) -> dict[str, float]:
-        """Measures since the last reading: tokens of all workers, shares of this one; the next begins with `resume`."""
+        """Measures since the last reading: tokens of all workers, shares of this one; the next begins with `resume`.
+
+        Rates and shares are of `train_s`, which begins with the first batch; `first_batch_s` is the time until then.
+        """
         _wait(self._device)
-        wall_s = time.perf_counter() - self._started
+        wall_s = time.perf_counter() - self._started - self._first_batch_s
         return {
             "train_s": wall_s,
+            "first_batch_s": self._first_batch_s,
             "tokens_per_s": self._workers * self._tokens / wall_s,
             "peak_share": self._operations / wall_s / self._peak,
             "data_wait_share": self._waited_s / wall_s,

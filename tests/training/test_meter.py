@@ -30,7 +30,7 @@ def test_operations_are_those_that_pytorch_counts(chunk: int | None) -> None:
 def test_waiting_is_a_share_of_the_time_and_reading_starts_anew() -> None:
     def slow() -> Iterator[int]:
         for i in itertools.count():
-            time.sleep(0.05)
+            time.sleep(0.05 if i else 0.5)
             yield i
 
     model = GradTransformer(LAYOUT_S, LAYOUT_T, make_phi(PHI), {})
@@ -39,6 +39,8 @@ def test_waiting_is_a_share_of_the_time_and_reading_starts_anew() -> None:
         meter.count(model, 4)
     found = meter.read()
     assert found["data_wait_share"] > 0.5 and found["train_s"] > 0.1
+    assert found["first_batch_s"] > 0.5, "starting is no part of the share"
     assert found["tokens_per_s"] == pytest.approx(3 * 4 * (LAYOUT_S.L + LAYOUT_T.L) / found["train_s"], rel=0.05)
     meter.resume()
-    assert meter.read()["tokens_per_s"] == 0
+    found = meter.read()
+    assert found["tokens_per_s"] == found["first_batch_s"] == 0

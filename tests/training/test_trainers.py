@@ -29,7 +29,7 @@ from gt_ray.training.worker import groups_of
 from tests.conftest import further_pair, tiny_config
 from tests.grad_transformer.test_network import LAYOUT_S, LAYOUT_T, PHI
 
-TIMES = {"wall_s", "train_s", "tokens_per_s", "peak_share", "data_wait_share"}
+TIMES = {"wall_s", "train_s", "first_batch_s", "tokens_per_s", "peak_share", "data_wait_share"}
 SETTINGS = TrainingSettings.model_validate({"behaviour": {"steps": 4, "learning_rate": 1e-2, "average": 0.5}})
 
 
