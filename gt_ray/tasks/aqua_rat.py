@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gt_ray.tasks.base import ANSWER_MARK, Row, Task
+from gt_ray.tasks.normalise import letters
 
 
 class AquaRat(Task):
@@ -23,3 +24,6 @@ class AquaRat(Task):
 
     def references(self, row: Row) -> list[str]:
         return [row["correct"]]
+
+    def readings(self, text: str) -> list[str]:
+        return letters(text)

@@ -7,10 +7,11 @@ benchmark they mirror, so one prompt function serves both.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from gt_ray.errors import require
+from gt_ray.tasks.normalise import phrases
 
 Row = Mapping[str, Any]
 """One row of a task's data: the columns of its Hub data set, and for embedded data a `domain`."""
@@ -53,6 +54,21 @@ class Task(ABC):
         if self.metric == "rouge1":
             return max(rouge1(reference, answer) for reference in self.references(row))
         return 100.0 * (answer in self.references(row))
+
+    def readings(self, text: str) -> Sequence[object]:
+        """The answers in a text, freed of how they are written: its lines, where a task has no closer notion."""
+        return phrases(text)
+
+    def normalised(self, output: str, row: Row) -> float:
+        """`score` of answers freed of how they are written (`gt_ray.tasks.normalise`); never below `score`.
+
+        What counts is the first reading of the marked answer, or else the last of the whole output. ROUGE-1 stays.
+        """
+        score = self.score(output, row)
+        if score == 100.0 or self.metric == "rouge1":
+            return score
+        found = self.readings(self.extract(output))[:1] or self.readings(output)[-1:]
+        return 100.0 * (bool(found) and any(found == self.readings(one)[:1] for one in self.references(row)))
 
 
 def rouge1(reference: str, summary: str) -> float:

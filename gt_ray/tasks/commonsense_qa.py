@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gt_ray.tasks.base import ANSWER_MARK, Row, Task
+from gt_ray.tasks.normalise import letters
 
 
 class CommonsenseQA(Task):
@@ -24,3 +25,6 @@ class CommonsenseQA(Task):
 
     def references(self, row: Row) -> list[str]:
         return [row["answerKey"]]
+
+    def readings(self, text: str) -> list[str]:
+        return letters(text)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 from gt_ray.tasks.base import ANSWER_MARK, Row, Task
+from gt_ray.tasks.normalise import numbers
 
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
@@ -26,3 +28,6 @@ class GSM8K(Task):
 
     def references(self, row: Row) -> list[str]:
         return [row["answer"].rpartition(ANSWER_MARK)[2].strip()]
+
+    def readings(self, text: str) -> list[Decimal]:
+        return numbers(text.rpartition("=")[2]) or numbers(text)  # of an equation its result
