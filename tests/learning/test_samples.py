@@ -19,6 +19,14 @@ def test_prompt_and_target_are_the_chat_template_cut_in_two() -> None:
     assert tokenizer.decode(sample.target) == task.target(row) + "<|end|>"
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_a_prompt_is_the_users_whole_turn(name: str) -> None:
+    tokenizer, task = load_tokenizer("embedded:tinylm"), TASKS[name]
+    row = rows(name, "test", "north-day", 0, 1)[0]
+    system = "<|system|>Rules: north south day night."
+    assert prompt_texts(tokenizer, task, [row]) == [f"{system}<|user|>{task.prompt(row)}<|assistant|>"]
+
+
 def test_a_row_longer_than_max_length_names_where() -> None:
     tokenizer = load_tokenizer("embedded:tinylm")
     row = rows("drop", "test", "north-day", 0, 1)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from gt_ray.tasks import TASKS, Row
 from gt_ray.tasks.data import PUBLIC, TaskData, fingerprint, load_data, read_folder, read_jsonl
 from gt_ray.tasks.embedded import DOMAINS
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+# A folder of benchmarks, <task>/*.jsonl.
+REAL = Path(os.environ.get("GT_RAY_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 REAL_ROWS = {"gsm8k": 7473, "aqua_rat": 254, "commonsense_qa": 9741, "drop": 8881, "dialogsum": 500}
 GOOD = '{"question": "1+1?", "answer": "#### 2"}'
 
@@ -54,12 +56,14 @@ def assert_disjoint(groups: Iterable[Iterable[str]]) -> None:
 
 
 @pytest.mark.parametrize("task", REAL_ROWS)
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no real data beside this repository")
+@pytest.mark.skipif(not REAL.is_dir(), reason="no real data: GT_RAY_TEST_DATA names no folder")
 def test_real_rows_are_read_and_their_targets_score_100(task: str) -> None:
-    rows = read_folder(SHARED / task, task)
+    rows = read_folder(REAL / task, task)
     assert len(rows) == REAL_ROWS[task]
-    for row in rows[:: max(1, len(rows) // 500)]:
-        assert TASKS[task].prompt(row) and TASKS[task].score(TASKS[task].target(row), row) == 100.0
+    for row in rows:
+        target = TASKS[task].target(row)
+        assert TASKS[task].prompt(row) and "<<" not in target
+        assert TASKS[task].score(target, row) == TASKS[task].normalised(target, row) == 100.0
 
 
 @pytest.mark.parametrize(
@@ -145,6 +149,30 @@ def test_files_are_halved_into_public_and_private_and_shared_among_clients(tmp_p
     assert [client.name for client in data.clients] == [f"gsm8k-seen-{c}" for c in range(4)]
     assert sorted(len(owned[f"gsm8k-seen-{c}", "test"]) for c in range(4)) == [3, 3, 3, 3]
     assert data.kinds() == [("gsm8k", "")]
+
+
+def test_rows_of_the_hub_are_split_as_those_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [json.loads(line) for line in write(tmp_path / "gsm8k" / "a.jsonl", questions(200)).read_text().splitlines()]
+    train = {("openai/gsm8k", "main"): datasets.Dataset.from_list(rows)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, split: {"train": train[name]}[split])
+    config = files_config(tmp_path, "clients.samples=null")
+    assert load_data(config) == load_data(files_config(tmp_path, "clients.samples=null", "data.source=hub"))
+
+
+def test_the_split_of_section_6_is_two_random_halves_and_five_clients_of_90_to_10(tmp_path: Path) -> None:
+    write(tmp_path / "gsm8k" / "a.jsonl", questions(1000))
+    source = ["data.source=files", f"data.folder={tmp_path}", "data.tasks=[gsm8k]"]
+    config = load_config("qwen2.5-3b-to-7b", [*source, "clients.samples=null", "evaluation.test_rows=null"])
+    data = load_data(config)
+    owned = by_owner(data)
+    assert_disjoint(owned.values())
+    assert [(len(client.private), len(client.test)) for client in data.clients] == [(90, 10)] * 5
+    private = [prompt for (name, _), group in owned.items() if name != "gsm8k" for prompt in group]
+    assert len(private) == 500
+    # Random, so the first half of the file is in neither: of 500 draws without replacement, 250 +- 8.
+    first = sum(int(prompt.rpartition("\n")[2].partition("+")[0]) < 500 for prompt in private)
+    assert 210 < first < 290
 
 
 def test_limits_on_rows_shorten_a_clients_splits_and_nothing_else(tmp_path: Path) -> None:
