@@ -17,7 +17,7 @@ from gt_ray.evaluation.pool import EngineKind, EnginePool, Item
 from gt_ray.evaluation.results import RowScore, read_scores
 from gt_ray.evaluation.run import engine_of, item_key, keep
 from gt_ray.evaluation.scorer import System
-from gt_ray.evaluation.summary import mean_log_likelihood, standard_error
+from gt_ray.evaluation.summary import mean_log_likelihood, mean_normalised, standard_error
 from gt_ray.pairs.models import resolve, same_model
 from gt_ray.pairs.root import model_stats
 from gt_ray.tasks import TASKS, Row
@@ -161,7 +161,7 @@ def task_rows(config: Config, task: str, data: Path | None) -> list[Row]:
 
 
 def table(scores: Mapping[str, Sequence[RowScore]], task: str) -> Table:
-    """Adapters by score, with 95 % intervals over test rows."""
+    """Adapters by score, with 95 % intervals over test rows; normalised scores where answers are compared."""
     n = max(map(len, scores.values()))
     shown = Table(
         title=f"{task}, {n} test rows",
@@ -170,16 +170,18 @@ def table(scores: Mapping[str, Sequence[RowScore]], task: str) -> Table:
         collapse_padding=True,
     )
     shown.add_column("adapter")
-    for name in ("score", "interval", "log-likelihood", "tokens", "cut off", "too long"):
+    for name in ("score", "interval", "normalised", "log-likelihood", "tokens", "cut off", "too long"):
         shown.add_column(name, justify="right")
     means = {name: float(np.mean([row.score for row in rows])) for name, rows in scores.items()}
     for name in sorted(scores, key=lambda name: (-means[name], name)):
         rows, mean = scores[name], means[name]
         half, log_likelihood = Z * standard_error(np.asarray([row.score for row in rows])), mean_log_likelihood(rows)
+        normalised = mean_normalised(task, rows)
         shown.add_row(
             name,
             f"{mean:.1f}",
             f"{max(0.0, mean - half):.1f} to {min(100.0, mean + half):.1f}",
+            "-" if normalised is None else f"{normalised:.1f}",
             "-" if log_likelihood is None else f"{log_likelihood:.2f}",
             f"{np.mean([row.tokens for row in rows]):.1f}",
             str(sum(row.finish == "length" for row in rows)),

@@ -27,15 +27,17 @@ class RowScore:
         output: what was generated, without special tokens.
         answer: the final answer in it.
         score: in percent.
+        normalised: the score of the answer freed of how it is written, in percent; `score` where that is ROUGE-1.
         log_likelihood: of the reference (sum over its tokens); none where it does not fit into the model's window.
         tokens: that were generated, the one that ends the turn among them.
         finish: `stop`, `length` (cut at max_new_tokens), or `too long`: the prompt does not fit into the model's
-            window, nothing was generated, and the score is 0.
+            window, nothing was generated, and the scores are 0.
     """
 
     output: str
     answer: str
     score: float
+    normalised: float
     log_likelihood: float | None
     tokens: int
     finish: Finish
@@ -45,9 +47,12 @@ class RowScore:
         cls, task: Task, row: Row, output: str, log_likelihood: float | None, tokens: int, finish: Finish
     ) -> RowScore:
         """Extract the answer and score it; nothing that was not generated is right."""
-        answer = task.extract(output)
-        score = 0.0 if finish == "too long" else task.score(output, row)
-        return cls(output, answer, score, log_likelihood, tokens, finish)
+        score = normalised = 0.0
+        if finish != "too long":
+            score = normalised = task.score(output, row)
+            if task.metric == "accuracy":
+                normalised = task.normalised(output, row)
+        return cls(output, task.extract(output), score, normalised, log_likelihood, tokens, finish)
 
 
 def write_scores(path: Path, prompts: Sequence[str], scores: Sequence[RowScore], **constant: str) -> None:
@@ -72,7 +77,7 @@ def write_scores(path: Path, prompts: Sequence[str], scores: Sequence[RowScore],
 
 
 def read_scores(path: Path) -> list[RowScore] | None:
-    """What `write_scores` wrote; none where it is absent or damaged."""
+    """What `write_scores` wrote; none where it is absent, damaged or without one of the columns."""
     pa, parquet = require("pyarrow", "ray"), require("pyarrow.parquet", "ray")
     columns = list(_columns(pa))
     try:
@@ -88,6 +93,7 @@ def _columns(pa: Any) -> dict[str, Any]:
         "output": pa.string(),
         "answer": pa.string(),
         "score": pa.float64(),
+        "normalised": pa.float64(),
         "log_likelihood": pa.float64(),
         "tokens": pa.int32(),
         "finish": pa.string(),

@@ -41,6 +41,8 @@ def report_rows(results: Sequence[ClientScores], seed: int) -> list[dict[str, An
             "se": standard_error(scores),
             "n_test": len(scores),
         }
+        if (normalised := mean_normalised(result.client.task, result.rows)) is not None:
+            row["score_normalised"] = normalised
         if (log_likelihood := mean_log_likelihood(result.rows)) is not None:
             row["log_likelihood"] = log_likelihood
         if result.key:
@@ -58,6 +60,11 @@ def _mechanism_of(client: Client) -> dict[str, Any]:
     if isinstance(mechanism, DpSgdSettings) and mechanism.epsilon is not None:
         found["epsilon"] = mechanism.epsilon
     return {**found, "label": client.label} if client.label else found
+
+
+def mean_normalised(task: str, rows: Sequence[RowScore]) -> float | None:
+    """Mean normalised score in percent; none for ROUGE-1, of which there is no other."""
+    return float(np.mean([row.normalised for row in rows])) if TASKS[task].metric == "accuracy" else None
 
 
 def mean_log_likelihood(rows: Sequence[RowScore]) -> float | None:
@@ -116,6 +123,12 @@ def _entry(by_system: Mapping[str, ByClient]) -> dict[str, Any]:
     entry["log_likelihood"] = {
         name: _mean(found) for name, found in likelihoods.items() if any(one is not None for one in found)
     }
+    normalised = {
+        name: [mean_normalised(result.client.task, result.rows) for result in clients.values()]
+        for name, clients in by_system.items()
+    }
+    if found := {name: _mean(ones) for name, ones in normalised.items() if None not in ones}:
+        entry["normalised"] = found
     if "ours" not in by_system:
         return entry
     if {"P_S", "P_T"} <= means.keys():

@@ -93,6 +93,16 @@ def grid_of(report: Mapping[str, Any], ratios: Mapping[str, str]) -> tuple[dict[
     return grid, notes
 
 
+def normalised_of(report: Mapping[str, Any]) -> dict[str, dict[str, Cell]]:
+    """System -> task -> score of answers freed of how they are written, for the tasks that have such scores."""
+    summary = summary_of(report)
+    scores = {task: found for task, entry in summary.items() if (found := entry.get("normalised"))}
+    return {
+        system: {task: Cell(finite(found.get(system))) for task, found in scores.items()}
+        for system in (systems_of(summary) if scores else ())
+    }
+
+
 def essentials(report: Mapping[str, Any]) -> str:
     """Clients, test rows, seed, pair and total wall time, as far as they are known."""
     rows = report.get("rows") or []

@@ -83,14 +83,16 @@ def test_rows_come_from_a_file_or_from_the_test_rows_of_all_clients(tmp_path: Pa
 
 def test_the_table_is_sorted_by_score_with_intervals() -> None:
     def scored(*right: int) -> list[RowScore]:
-        return [RowScore("", "", 100.0 * one, -2.0, 4, "stop") for one in right]
+        return [RowScore("", "", 100.0 * one, 100.0, -2.0, 4, "stop") for one in right]
 
     shown = table({"base": scored(0, 0, 1, 0), "good": scored(1, 1, 1, 0), "as bad": scored(0, 1, 0, 0)}, "drop")
     columns = {column.header: list(column.cells) for column in shown.columns}
     assert columns["adapter"] == ["good", "as bad", "base"]
     assert columns["score"] == ["75.0", "25.0", "25.0"]
     assert columns["interval"][0] == "26.0 to 100.0"  # 75 +- 1.96 x 25
-    assert columns["log-likelihood"] == ["-2.00"] * 3
+    assert columns["normalised"] == ["100.0"] * 3 and columns["log-likelihood"] == ["-2.00"] * 3
+    summaries = table({"base": scored(1)}, "samsum")
+    assert {column.header: list(column.cells) for column in summaries.columns}["normalised"] == ["-"]
 
 
 def run(*arguments: str) -> int:

@@ -6,15 +6,16 @@ import hashlib
 from pathlib import Path
 
 import pyarrow.dataset
+import pyarrow.parquet
 import pytest
 
 from gt_ray.evaluation.results import RowScore, read_scores, write_scores
 from gt_ray.tasks import TASKS
 
 SCORES = [
-    RowScore("so it is\n#### 7", "7", 100.0, -1.25, 6, "stop"),
-    RowScore("", "", 0.0, None, 0, "too long"),
-    RowScore("é ####", "", 0.0, -3.5, 24, "length"),
+    RowScore("so it is\n#### 7", "7", 100.0, 100.0, -1.25, 6, "stop"),
+    RowScore("", "", 0.0, 0.0, None, 0, "too long"),
+    RowScore("é 7 ####", "", 0.0, 100.0, -3.5, 24, "length"),
 ]
 PROMPTS = ["a?", "b?", "c?"]
 
@@ -51,8 +52,16 @@ def test_a_damaged_file_counts_as_absent(file: Path, tmp_path: Path) -> None:
     assert read_scores(tmp_path / "nowhere.parquet") is None
 
 
+def test_a_file_without_a_column_counts_as_absent(file: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(file).drop_columns("normalised"), file)
+    assert read_scores(file) is None
+
+
 def test_what_was_not_generated_is_not_right() -> None:
     row = {"question": "?", "answer": "\n#### "}
-    assert RowScore.of(TASKS["gsm8k"], row, "", None, 0, "too long").score == 0.0
+    wrong = RowScore.of(TASKS["gsm8k"], row, "", None, 0, "too long")
+    assert (wrong.score, wrong.normalised) == (0.0, 0.0)
     right = RowScore.of(TASKS["gsm8k"], {"question": "?", "answer": "#### 7"}, "#### 7", -1.0, 3, "stop")
-    assert (right.answer, right.score) == ("7", 100.0)
+    assert (right.answer, right.score, right.normalised) == ("7", 100.0, 100.0)
+    otherwise = RowScore.of(TASKS["gsm8k"], {"question": "?", "answer": "#### 7"}, "#### $7.00", -1.0, 3, "stop")
+    assert (otherwise.answer, otherwise.score, otherwise.normalised) == ("$7.00", 0.0, 100.0)

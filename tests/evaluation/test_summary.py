@@ -31,7 +31,7 @@ def result(
     return ClientScores(
         Client(f"{task}-{client}", task, "north-day", [], [], population),
         System(system, SIDES.get(system, "llm")),  # type: ignore[arg-type]
-        [RowScore("", "", score, log_likelihood, 1, "stop") for score in scores],
+        [RowScore("", "", score, min(100.0, score + 1), log_likelihood, 1, "stop") for score in scores],
     )
 
 
@@ -214,13 +214,23 @@ def test_report_rows_are_one_per_client_and_system_with_standard_errors() -> Non
         "system": "ours",
         "metric": "accuracy",
         "score": 25.0,
+        "score_normalised": 25.75,
         "log_likelihood": -3.5,
         "n_test": 100,
     }
     assert {key: first[key] for key in expected} == expected
     assert first["se"] == pytest.approx(100 * math.sqrt(0.25 * 0.75 / 99))
     assert (second["metric"], second["score"], second["n_test"]) == ("rouge1", 60.0, 2)
+    assert "score_normalised" not in second
     assert second["se"] == pytest.approx(10.0)
+
+
+def test_normalised_scores_are_averaged_over_clients_and_absent_where_answers_are_not_compared() -> None:
+    summary = summarise(results({"drop": DROP, "samsum": SAMSUM}))
+    assert summary["drop"]["normalised"] == pytest.approx(
+        {"base_S": 12.88, "P_S": 55.45, "base_T": 20.8, "P_T": 85.15, "ours": 76.24, "mean_update": 40.6}
+    )
+    assert "normalised" not in summary["samsum"] and "normalised" not in summary["average"]
 
 
 def test_a_single_test_row_has_no_standard_error() -> None:
@@ -257,7 +267,7 @@ def test_gain_recovered_has_an_interval_over_clients_that_covers_it() -> None:
 
 def test_log_likelihoods_are_compared_on_the_rows_that_have_them() -> None:
     made = [result("ours", "drop", 0, rows(50), -1.0), result("ridge", "drop", 0, rows(50), -3.0)]
-    made[1].rows[:40] = [RowScore("", "", 100.0, None, 1, "stop")] * 40
+    made[1].rows[:40] = [RowScore("", "", 100.0, 100.0, None, 1, "stop")] * 40
     entry = summarise(made)["drop"]
     assert entry["ours_minus_log_likelihood"] == {"ridge": {"difference": 2, "low": 2, "high": 2}}
     assert entry["ours_minus"]["ridge"]["difference"] == 0

@@ -130,7 +130,7 @@ def test_prompts_beyond_the_window_come_back_and_are_counted(
         "too long",
         "stop",
     }
-    assert found[-1] == RowScore("", "", 0.0, None, 0, "too long")
+    assert found[-1] == RowScore("", "", 0.0, 0.0, None, 0, "too long")
 
 
 def test_log_likelihoods_can_be_left_out(transformers: TransformersScorer) -> None:

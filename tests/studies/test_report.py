@@ -173,6 +173,17 @@ def test_page_shows_every_number(html: str) -> None:
     assert Tags(html).tags.count("svg") == 6 + 7 + 2  # scores, ours minus, curves
 
 
+def test_page_shows_normalised_scores_of_the_tasks_that_have_them(tmp_path: Path) -> None:
+    report = full_report()
+    report["summary"]["gsm8k"]["normalised"] = {"ours": 91.25, "P_T": 92.5}
+    html = page(tmp_path, report)
+    assert "may be written otherwise" in Tags(html).text
+    found = html.partition("may be written otherwise")[2].partition("</table>")[0]
+    assert re.findall(r'<th scope="col">(.*?)</th>', found) == ["percent", "gsm8k"]
+    shown = dict(re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', found))
+    assert shown == {name: {"ours": "91.2", "P_T": "92.5"}.get(name, "–") for name in (*MAIN, *CONTROLS)}
+
+
 def test_page_loads_nothing(html: str) -> None:
     assert not re.search(r"https?://|@import|src=", html)
     tags = Tags(html)
