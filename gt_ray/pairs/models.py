@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from gt_ray.config import ModelSettings
 from gt_ray.errors import UserError
@@ -69,6 +71,25 @@ def weight_files(folder: Path) -> list[Path]:
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise UserError(f"model folder {folder} lacks weights: {missing[0]} ({len(missing)} of {len(shards)} missing)")
     return shards
+
+
+def read_weights(folder: Path, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Some of a model's tensors with their names, one after another, as they are in the files.
+
+    Raises:
+        UserError: a file has no tensor of such a name; after all others have been read.
+    """
+    missing = set(names)
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(missing & set(file.keys())):
+                yield name, file.get_tensor(name)
+                missing.remove(name)
+    if missing:
+        raise UserError(
+            f"{folder}: no tensor of the weight files is named {min(missing)}; lora.kind=xs needs "
+            "weights stored by the names of the model's modules"
+        )
 
 
 def _download(model: str) -> Path:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from gt_ray.config import LoraSettings, ModelSettings
 from gt_ray.errors import UserError
-from gt_ray.pairs.models import load_tokenizer, resolve, weight_files
+from gt_ray.pairs.models import load_tokenizer, read_weights, resolve, weight_files
 from gt_ray.updates.layout import Layout
 
 if TYPE_CHECKING:
@@ -77,6 +77,11 @@ class Root:
     def is_plain_lora(self) -> bool:
         """Whether its adapters are LoRA of Linear modules, which every engine serves."""
         return all(name.endswith((".lora_A", ".lora_B", ".lora_R")) for name in self.initial)
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether it trains both factors A and B, and of Linear modules alone (`lora.kind=lora`)."""
+        return all(name.endswith((".lora_A", ".lora_B")) for name in self.initial)
 
     @property
     def modules(self) -> list[str]:
@@ -225,21 +230,13 @@ def _dims(module: torch.nn.Module) -> int:
 def _singular_factors(folder: Path, lora: LoraSettings, initial: dict[str, Tensor]) -> dict[str, Tensor]:
     """A = V_r^T and B = U_r S_r of the base weights; the largest entry of a row of A is positive."""
     fixed = {}
-    wanted = {f"{name.rpartition('.')[0]}.weight" for name in initial}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(wanted & set(file.keys())):
-                U, S, Vt = torch.linalg.svd(file.get_tensor(name).float(), full_matrices=False)
-                A, B = Vt[: lora.rank], U[:, : lora.rank] * S[: lora.rank]
-                sign = A.gather(1, A.abs().argmax(1, keepdim=True)).sign()
-                module = name.removesuffix(".weight")
-                fixed[f"{module}.lora_A"] = (A * sign).contiguous()
-                fixed[f"{module}.lora_B"] = (B * sign.T).contiguous()
-    if missing := sorted(wanted - {f"{name.rpartition('.')[0]}.weight" for name in fixed}):
-        raise UserError(
-            f"{folder}: no tensor of the weight files is named {missing[0]}; lora.kind=xs needs weights stored "
-            "by the names of the model's modules"
-        )
+    for name, weight in read_weights(folder, {f"{name.rpartition('.')[0]}.weight" for name in initial}):
+        U, S, Vt = torch.linalg.svd(weight.float(), full_matrices=False)
+        A, B = Vt[: lora.rank], U[:, : lora.rank] * S[: lora.rank]
+        sign = A.gather(1, A.abs().argmax(1, keepdim=True)).sign()
+        module = name.removesuffix(".weight")
+        fixed[f"{module}.lora_A"] = (A * sign).contiguous()
+        fixed[f"{module}.lora_B"] = (B * sign.T).contiguous()
     return fixed
 
 

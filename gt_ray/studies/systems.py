@@ -105,7 +105,7 @@ def _variants(study: Study, model: GradTransformer, pooled: Mapping[str, Pooled]
             for client, update_Ld in zip(one.group.members, one.updates_NLd, strict=True)
         }
         add("ours_alone", alone, refined=True)
-        if (root := study.roots["tinylm"]).is_plain_lora:
+        if (root := study.roots["tinylm"]).has_factors:
             products = {n: replace(one, update_Ld=pool_products(one.updates_NLd, root)) for n, one in pooled.items()}
             add("ours_product", products, refined=True)
     return found

@@ -59,7 +59,7 @@ def pool_products(updates_NLd: Tensor, root: Root) -> Tensor:
     Raises:
         UserError: the updates are not of LoRA.
     """
-    if not root.is_plain_lora:
+    if not root.has_factors:
         raise UserError("products are pooled of LoRA's factors only (pair.tinylm.lora.kind=lora)")
     layout, initial = root.layout, root.initial
     clients = [layout.to_tensors(update_Ld) for update_Ld in updates_NLd]
@@ -68,15 +68,20 @@ def pool_products(updates_NLd: Tensor, root: Root) -> Tensor:
         a_name, b_name = f"{module}.lora_A", f"{module}.lora_B"
         a_Nri = torch.stack([initial[a_name] + one[a_name] for one in clients]).double()
         b_Nor = torch.stack([initial[b_name] + one[b_name] for one in clients]).double()
-        rank = a_Nri.shape[1]
-        # The mean product is wide @ tall; its SVD by QR of both, whose small core alone is decomposed.
-        wide_oR = b_Nor.permute(1, 0, 2).flatten(1) / len(clients)
-        tall_Ri = a_Nri.flatten(0, 1)
-        q_oR, upper = torch.linalg.qr(wide_oR)
-        q_iR, lower = torch.linalg.qr(tall_Ri.T)
-        u, s, vh = torch.linalg.svd(upper @ lower.T)
-        left_or, right_ri = q_oR @ (u[:, :rank] * s[:rank]), vh[:rank] @ q_iR.T
-        gauge_rr = a_Nri.mean(0) @ right_ri.T
-        pooled[a_name] = (gauge_rr @ right_ri - initial[a_name]).float()
-        pooled[b_name] = (left_or @ torch.linalg.pinv(gauge_rr) - initial[b_name]).float()
+        b_oR, a_Ri = b_Nor.permute(1, 0, 2).flatten(1) / len(clients), a_Nri.flatten(0, 1)
+        a_ri, b_or = factors(b_oR, a_Ri, a_Nri.mean(0))
+        pooled[a_name], pooled[b_name] = (a_ri - initial[a_name]).float(), (b_or - initial[b_name]).float()
     return layout.to_array(pooled)
+
+
+def factors(b_oR: Tensor, a_Ri: Tensor, near_ri: Tensor) -> tuple[Tensor, Tensor]:
+    """A [r, i] and B [o, r] whose product is the best approximation of b_oR @ a_Ri of rank r, which may be below R; of
+    all such pairs the one whose A is the projection of `near_ri` onto the product's rows. All float64."""
+    rank = len(near_ri)
+    # By QR of both, so that only the small core is decomposed.
+    q_oR, upper = torch.linalg.qr(b_oR)
+    q_iR, lower = torch.linalg.qr(a_Ri.T)
+    u, s, vh = torch.linalg.svd(upper @ lower.T)
+    left_or, right_ri = q_oR @ (u[:, :rank] * s[:rank]), vh[:rank] @ q_iR.T
+    gauge_rr = near_ri @ right_ri.T
+    return gauge_rr @ right_ri, left_or @ torch.linalg.pinv(gauge_rr)

@@ -108,8 +108,9 @@ def test_products_of_one_client_or_of_equal_ones_come_out_as_they_went_in(lora_r
         )
 
 
-def test_products_need_factors(tiny_pair: tuple[Path, Path]) -> None:
-    full = LoraSettings(kind="full", target_modules=("q_proj",))
-    root = make_root(ModelSettings(model=str(tiny_pair[0]), dtype="float32", lora=full))
+@pytest.mark.parametrize("kind", ["xs", "full"])
+def test_products_need_factors(tiny_pair: tuple[Path, Path], kind: str) -> None:
+    lora = LoraSettings.model_validate({"kind": kind, "target_modules": ["q_proj"]})
+    root = make_root(ModelSettings(model=str(tiny_pair[0]), dtype="float32", lora=lora))
     with pytest.raises(UserError, match="of LoRA's factors only"):
         pool_products(torch.zeros(2, root.layout.L, root.layout.d), root)
