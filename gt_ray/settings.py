@@ -289,10 +289,11 @@ class EvaluationSettings(Section):
     max_new_tokens: int = Field(512, ge=1)
     max_model_len: int = Field(4096, ge=8, description="window in tokens, where the model's own is not smaller")
     controls: bool = Field(True, description="score the controls of DESIGN.md section 6")
-    baselines: tuple[Literal["proxy_tuning", "oracle_domain"], ...] = Field(
+    baselines: tuple[Literal["proxy_tuning", "cross_lora", "oracle_domain"], ...] = Field(
         (),
         description="methods without a Grad-Transformer to score: proxy_tuning, which needs one vocabulary of both "
-        "models, and oracle_domain, the mean T update of a client's true domain, a ceiling",
+        "models, cross_lora, which needs lora.kind=lora, and oracle_domain, the mean T update of a client's true "
+        "domain, a ceiling",
     )
     workers: int = Field(1, ge=1, description="engines of a model")
     num_gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(

@@ -15,7 +15,7 @@ from gt_ray.tasks import TASKS
 from gt_ray.tasks.data import Client
 
 MAIN = ("P_S", "P_T", "base_S", "base_T", "ours")
-BASELINES = ("proxy_tuning", "ours_unrefined", "ours_alone", "ours_product", "P_T_mean", "oracle_domain")
+BASELINES = ("proxy_tuning", "cross_lora", "ours_unrefined", "ours_alone", "ours_product", "P_T_mean", "oracle_domain")
 """What is no control: methods without a Grad-Transformer, variants of ours, and ceilings that know what is private."""
 RESAMPLES = 2000
 

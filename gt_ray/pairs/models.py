@@ -87,7 +87,7 @@ def read_weights(folder: Path, names: Collection[str]) -> Iterator[tuple[str, Te
                 missing.remove(name)
     if missing:
         raise UserError(
-            f"{folder}: no tensor of the weight files is named {min(missing)}; lora.kind=xs needs "
+            f"{folder}: no tensor of the weight files is named {min(missing)}; lora.kind=xs and cross_lora need "
             "weights stored by the names of the model's modules"
         )
 

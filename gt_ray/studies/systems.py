@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gt_ray.baselines.controls import CONTROLS, Shadows, ShadowSet, oracle_domain
+from gt_ray.baselines.cross_lora import CrossLora
 from gt_ray.baselines.proxy_tuning import share_vocabulary
 from gt_ray.curation.jobs import Side, client_job
 from gt_ray.curation.study import Study
@@ -48,12 +49,14 @@ def systems(study: Study, model: GradTransformer, pooled: Mapping[str, Pooled]) 
     if proxy and not share_vocabulary(pair.tinylm.model, pair.llm.model):
         say("evaluate: no proxy_tuning, for the models' vocabularies differ")
         proxy = False
+    carry = _cross_lora(study)
     own = dict(zip([client.name for client in study.data.clients], study.client_jobs("llm"), strict=True))
     ceilings = study.ceiling_jobs()
     work = []
     for name, one in pooled.items():
         z_S_P = model.standard_S(one.update_Ld).flatten()
         adapter_Ld = read_adapter(run / "adapters" / name, llm)
+        carried_Ld = carry(one.update_Ld) if carry else None
         for number, client in enumerate(one.group.members):
             found = [
                 System("P_S", "tinylm", one.updates_NLd[number]),
@@ -65,6 +68,8 @@ def systems(study: Study, model: GradTransformer, pooled: Mapping[str, Pooled]) 
             ]
             if proxy:
                 found.append(System("proxy_tuning", proxy_Ld=one.update_Ld))
+            if carried_Ld is not None:
+                found.append(System("cross_lora", "llm", carried_Ld))
             if len(one.group.members) > 1:
                 alike = [other for other in one.group.members if other.task == client.task]
                 mean_Ld = torch.stack([store.read(own[other.name].key)[0][-1] for other in alike]).mean(0)
@@ -84,6 +89,16 @@ def systems(study: Study, model: GradTransformer, pooled: Mapping[str, Pooled]) 
                 found.append(System(f"{LINEAR}_refined", "llm", of_linear_refined[name]))
             work += [(system, client) for system in found]
     return work
+
+
+def _cross_lora(study: Study) -> CrossLora | None:
+    """What carries updates over by weights alone, where the study asks for it and has adapters of its kind."""
+    if "cross_lora" not in study.config.evaluation.baselines:
+        return None
+    if not all(root.has_factors for root in study.roots.values()):
+        say("evaluate: no cross_lora, which carries over LoRA of Linear modules alone (lora.kind=lora)")
+        return None
+    return CrossLora.of(study.config.pair, study.roots["tinylm"], study.roots["llm"])
 
 
 def _variants(study: Study, model: GradTransformer, pooled: Mapping[str, Pooled]) -> dict[str, dict[str, Tensor]]:

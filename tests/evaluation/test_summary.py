@@ -247,8 +247,9 @@ def test_the_gap_that_is_closed_is_the_one_between_the_best_control_and_the_ceil
 
 
 def test_a_baseline_is_no_control() -> None:
-    entry = summarise(results({"drop": DROP | {"proxy_tuning": [rows(80), rows(80)]}}))["drop"]
-    assert entry["baselines"] == {"proxy_tuning": 80} and entry["best_control"] == "mean_update"
+    others = {"proxy_tuning": [rows(80), rows(80)], "cross_lora": [rows(20), rows(20)]}
+    entry = summarise(results({"drop": DROP | others}))["drop"]
+    assert entry["baselines"] == {"proxy_tuning": 80, "cross_lora": 20} and entry["best_control"] == "mean_update"
     assert entry["ours_minus"]["proxy_tuning"]["difference"] == pytest.approx(-4)
 
 

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def config(tiny_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Config:
-    return tiny_config(tiny_pair, tmp_path_factory.mktemp("pipeline"))
+    return tiny_config(tiny_pair, tmp_path_factory.mktemp("pipeline"), "evaluation.baselines=[cross_lora]")
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,12 @@ def report(config: Config, ray_cluster: None) -> dict[str, Any]:
 
 
 def test_the_report_has_every_system_for_every_client(report: dict[str, Any], config: Config) -> None:
-    systems = {"P_S", "P_T", "base_S", "base_T", "ours", "public_sft", *CONTROLS}
+    systems = {"P_S", "P_T", "base_S", "base_T", "ours", "public_sft", "cross_lora", *CONTROLS}
     found = {(row["client"], row["system"]) for row in report["rows"]}
     assert found == {(f"{task}-seen-0", system) for task in config.data.tasks for system in systems}
     for entry in report["summary"].values():
-        assert systems - {"P_S", "P_T", "base_S", "base_T", "ours"} == entry["controls"].keys()
+        assert systems - {"P_S", "P_T", "base_S", "base_T", "ours", "cross_lora"} == entry["controls"].keys()
+        assert entry["baselines"].keys() == {"cross_lora"}
         assert ("pgr" in entry) != ("pgr_absent" in entry)
     assert {"curate", "train", "clients", "generate", "ceilings", "evaluate"} <= report["wall_s"].keys()
     assert json.loads((config.run_folder / "report.json").read_text()) == report
