@@ -21,7 +21,7 @@ from gt_ray.config import FineTuneSettings
 from gt_ray.errors import UserError
 from gt_ray.learning.losses import TargetLosses
 from gt_ray.learning.mechanisms import mechanism_of, statement
-from gt_ray.learning.mechanisms.base import Step, batch_gradients, broadcast
+from gt_ray.learning.mechanisms.base import Sft, Step, batch_gradients, broadcast
 from gt_ray.learning.memory import is_out_of_memory, release, training_bytes
 from gt_ray.learning.resume import Resume
 from gt_ray.learning.samples import Sample, TrainingSet
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 SATURATED_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Tokens of an optimizer step of all adapters together beyond which more adapters bring no more speed."""
+
+MechanismMaker = Callable[[FineTuneSettings, Sequence[TrainingSet]], Sft]
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Engine:
         snapshot_steps: Sequence[int] = (0,),
         on_step: Callable[[], None] = lambda: None,
         resume: Resume | None = None,
+        mechanism: MechanismMaker | None = None,
     ) -> Iterator[tuple[int, FineTuned | UserError]]:
         """Fine-tune one adapter on each set, all from the same root; yields its number and result as groups finish.
 
@@ -103,6 +106,7 @@ class Engine:
             snapshot_steps: optimizer steps from the end at which the update is kept, largest first.
             on_step: called after every optimizer step of a group.
             resume: of a single set, whose last update alone is kept: where it goes on from.
+            mechanism: in place of the one that the settings name, for losses that are no client's choice.
 
         Raises:
             UserError: a data set is empty or too small for the mechanism, or fewer steps than snapshots reach back.
@@ -114,7 +118,7 @@ class Engine:
             group = [waiting[i] for i in self.groups([sets[i] for i in waiting], settings)[0]]
             members = [sets[i] for i in group]
             try:
-                for g, result in self._train(members, settings, snapshot_steps, on_step, resume):
+                for g, result in self._train(members, settings, snapshot_steps, on_step, resume, mechanism):
                     waiting.remove(group[g])
                     yield group[g], result
                 fits = self._most_tokens
@@ -188,6 +192,7 @@ class Engine:
         snapshot_steps: Sequence[int],
         on_step: Callable[[], None],
         resume: Resume | None,
+        make: MechanismMaker | None,
     ) -> Iterator[tuple[int, FineTuned | UserError]]:
         """Fine-tune all sets together."""
         layout, G = self.root.layout, len(sets)
@@ -198,7 +203,7 @@ class Engine:
         held_out: list[list[list[float]]] = [[] for _ in sets]
         active = list(range(G))
         pieces = self._pieces(sets, settings)
-        mechanism = mechanism_of(settings)(settings, sets)
+        mechanism = (make or mechanism_of(settings))(settings, sets)
         step = 0
         with self.losses.short_cuts(), stacked(self.model, self.root, G) as parameters:
             trained = list(parameters.values())

@@ -85,15 +85,20 @@ class TargetLosses:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Cross-entropy [n] of every target token, float32."""
+        return self.of_logits(_cross_entropy, batch, batch.target_n)
+
+    def of_logits(self, loss: Callable[..., Tensor], batch: Batch, *parts: Tensor) -> Tensor:
+        """A loss [n, ...] of every target token: of its logits [n, V], in the model's dtype, and of parts with n rows
+        each."""
         if not self.plain_head:
             logits_RTV = self.model(**self._inputs(batch), use_cache=False).logits
-            return _cross_entropy(logits_RTV.flatten(0, 1)[batch.due_n.to(logits_RTV.device)], batch.target_n)
+            return loss(logits_RTV.flatten(0, 1)[batch.due_n.to(logits_RTV.device)], *parts)
         head = self.model.get_output_embeddings()
 
-        def loss(hidden: Tensor, target: Tensor) -> Tensor:
-            return _cross_entropy(head(hidden), target)
+        def of_hidden(hidden: Tensor, *own: Tensor) -> Tensor:
+            return loss(head(hidden), *own)
 
-        return self.in_pieces(loss, self.due_hidden(batch), batch.target_n)
+        return self.in_pieces(of_hidden, self.due_hidden(batch), *parts)
 
     def due_hidden(self, batch: Batch) -> Tensor:
         """What the LM head sees [n, d] where a loss is due; right where `plain_head` is."""
@@ -102,7 +107,8 @@ class TargetLosses:
         return hidden.index_select(0, batch.due_n.to(hidden.device))
 
     def in_pieces(self, loss: Callable[..., Tensor], *parts: Tensor) -> Tensor:
-        """A loss of each of n tokens, from parts with n rows each; logits of so many at once as memory should hold."""
+        """A loss [n, ...] of each of n tokens, from parts with n rows each; logits of so many at once as memory should
+        hold."""
         size = max(1, LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
         if len(parts[0]) <= size:
             return loss(*parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from gt_ray.config import FineTuneSettings
-from gt_ray.learning.losses import TargetLosses
+from gt_ray.learning.batches import Batch
+from gt_ray.learning.losses import TargetLosses, sums_by_adapter
 from gt_ray.learning.samples import Sample, TrainingSet
+
+TokenLosses = Callable[[Batch, Sequence[Sequence[Sample]]], Tensor]
+"""The loss [n] of every target token of a batch, which was made from these samples of each adapter."""
 
 
 @dataclass(frozen=True)
@@ -87,19 +91,36 @@ class Sft:
         return update_Ld
 
 
-def batch_gradients(losses: TargetLosses, batch: Sequence[Sequence[Sample]], pieces: int) -> Tensor:
-    """Gradients of each adapter's mean loss a target token, of equally many rows each; returns these losses [G]."""
+def batch_gradients(
+    losses: TargetLosses,
+    batch: Sequence[Sequence[Sample]],
+    pieces: int,
+    token_losses: TokenLosses | None = None,
+) -> Tensor:
+    """Gradients of each adapter's mean loss a target token, of equally many rows each; returns these losses [G].
+
+    Args:
+        token_losses: in place of the cross-entropy with the target.
+    """
     G = len(batch)
     total_G = torch.tensor([sum(len(sample.target) for sample in samples) for samples in batch])
     total_G = total_G.to(losses.device)
     loss_G = torch.zeros(G, device=losses.device)
-    size = -(-len(batch[0]) // pieces)
-    for first in range(0, len(batch[0]), size):
-        part = losses.batch([samples[first : first + size] for samples in batch])
-        part_G = losses.by_adapter(part, G)[0] / total_G
+    for groups in in_parts(batch, pieces):
+        part = losses.batch(groups)
+        sums = (
+            losses.by_adapter(part, G) if token_losses is None else sums_by_adapter(token_losses(part, groups), part, G)
+        )
+        part_G = sums[0] / total_G
         part_G.sum().backward()
         loss_G += part_G.detach()
     return loss_G
+
+
+def in_parts(batch: Sequence[Sequence[Sample]], pieces: int) -> list[list[Sequence[Sample]]]:
+    """The batch cut into parts, each of equally many rows of every adapter."""
+    size = -(-len(batch[0]) // pieces)
+    return [[samples[first : first + size] for samples in batch] for first in range(0, len(batch[0]), size)]
 
 
 def norm_per_adapter(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
