@@ -64,8 +64,12 @@ def encode(
     rows: Sequence[Row],
     max_length: int | None = None,
     where: str = "",
+    targets: Sequence[str] | None = None,
 ) -> list[Sample]:
     """Token ids of prompts and targets; a target ends with the token that ends the assistant's turn.
+
+    Args:
+        targets: one a row, in place of the task's.
 
     Raises:
         UserError: a row is longer than `max_length` tokens, or the template does not extend its own prompt.
@@ -73,17 +77,17 @@ def encode(
     if not rows:
         return []
     prompts = prompt_texts(tokenizer, task, rows)
-    targets = []
-    for prompt, row in zip(prompts, rows, strict=True):
-        turns = [*_user(task.prompt(row)), {"role": "assistant", "content": task.target(row)}]
+    answers = []
+    for prompt, row, text in zip(prompts, rows, targets or map(task.target, rows), strict=True):
+        turns = [*_user(task.prompt(row)), {"role": "assistant", "content": text}]
         whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
         if not whole.startswith(prompt):
             raise UserError("this chat template changes a prompt once the answer follows; it cannot be fine-tuned on")
         # What a template adds behind the end-of-turn token (Qwen: a line break) is never generated.
         answer, eos, _ = whole[len(prompt) :].rpartition(str(tokenizer.eos_token))
-        targets.append(answer + eos if eos else whole[len(prompt) :])
+        answers.append(answer + eos if eos else whole[len(prompt) :])
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    target_ids = tokenizer(targets, add_special_tokens=False)["input_ids"]
+    target_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
     samples = [Sample(p, t) for p, t in zip(prompt_ids, target_ids, strict=True)]
     for number, sample in enumerate(samples):
         if max_length is not None and len(sample) > max_length:
