@@ -86,6 +86,14 @@ def generate(
         generate_stage(prepare(config))
 
 
+@app.command(epilog="Example: `gt-ray baselines --preset embedded 'evaluation.baselines=[w2s, conf, vissup]'`")
+def baselines(preset: Preset = "embedded", overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Fine-tune the LLM on labels of the clients' weak models (appendix C.2); `gt-ray evaluate` does it, too."""
+    from gt_ray.studies.pipeline import baselines_stage, prepare
+
+    baselines_stage(prepare(_config(preset, overrides, quiet)))
+
+
 @app.command(epilog="Example: `gt-ray evaluate adapters/* --task drop`, or `gt-ray evaluate --preset embedded`")
 def evaluate(
     arguments: Annotated[

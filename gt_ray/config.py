@@ -35,6 +35,7 @@ from gt_ray.settings import (
     RefinementSettings,
     TrainingSettings,
     VllmSettings,
+    WeakToStrongSettings,
 )
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "StopSettings",
     "TrainingSettings",
     "VllmSettings",
+    "WeakToStrongSettings",
     "config_of_model",
     "known_keys",
     "load_config",

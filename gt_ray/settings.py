@@ -280,6 +280,17 @@ class VllmSettings(Section):
     cpu_cache_gb: int = Field(1, ge=1, description="key-value cache of an engine without a GPU, in GiB")
 
 
+class WeakToStrongSettings(Section):
+    """The baselines that fine-tune the LLM on what a fine-tuned TinyLM says (appendix C.2)."""
+
+    alpha: float = Field(0.5, ge=0, le=1, description="conf: largest share of the LLM's own prediction (Eq. 47)")
+    warmup: float = Field(0.2, ge=0, le=1, description="conf: share of the steps in which it grows from 0")
+    temperature: float = Field(2.0, gt=0, description="vissup: of the weak term (Eq. 48)")
+    top_k: int = Field(
+        20, ge=1, description="conf, vissup: likeliest tokens that are kept of a distribution; the others count as one"
+    )
+
+
 class EvaluationSettings(Section):
     """What is scored and how."""
 
@@ -289,12 +300,13 @@ class EvaluationSettings(Section):
     max_new_tokens: int = Field(512, ge=1)
     max_model_len: int = Field(4096, ge=8, description="window in tokens, where the model's own is not smaller")
     controls: bool = Field(True, description="score the controls of DESIGN.md section 6")
-    baselines: tuple[Literal["proxy_tuning", "cross_lora", "oracle_domain"], ...] = Field(
+    baselines: tuple[Literal["w2s", "conf", "vissup", "proxy_tuning", "cross_lora", "oracle_domain"], ...] = Field(
         (),
-        description="methods without a Grad-Transformer to score: proxy_tuning, which needs one vocabulary of both "
-        "models, cross_lora, which needs lora.kind=lora, and oracle_domain, the mean T update of a client's true "
-        "domain, a ceiling",
+        description="methods without a Grad-Transformer to score: w2s, conf and vissup, which read private data; "
+        "proxy_tuning (this one, conf and vissup need one vocabulary of both models); cross_lora, which needs "
+        "lora.kind=lora; oracle_domain, the mean T update of a client's true domain, a ceiling",
     )
+    weak_to_strong: WeakToStrongSettings = WeakToStrongSettings()
     workers: int = Field(1, ge=1, description="engines of a model")
     num_gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto", description="GPUs of one engine; auto: one, or vllm.tensor_parallel, where the cluster has GPUs"

@@ -18,7 +18,7 @@ from gt_ray.curation.study import Study
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("curate", "train", "generate", "evaluate", "pipeline", "study")
+VERBS = ("curate", "train", "generate", "baselines", "evaluate", "pipeline", "study")
 
 
 def test_every_job_file_runs_its_verb() -> None:

@@ -55,7 +55,7 @@ class SoftSample(Sample):
     weak: Distributions = field(repr=False, compare=False)
 
 
-def top_k(logits_nV: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+def likeliest(logits_nV: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Ids [n, k] and log-probabilities [n, k] of the likeliest tokens of softmax(logits / temperature)."""
     log_p_nk, ids_nk = (logits_nV.float() / temperature).log_softmax(-1).topk(min(k, logits_nV.shape[-1]))
     return ids_nk, log_p_nk
@@ -65,7 +65,7 @@ def weak_cross_entropy(logits_nV: Tensor, ids_nk: Tensor, log_p_nk: Tensor, temp
     """CE(f, f_w) [n] of the module's docstring, f = softmax(logits / temperature).
 
     Args:
-        ids_nk, log_p_nk: of `top_k`, at the same temperature.
+        ids_nk, log_p_nk: of `likeliest`, at the same temperature.
     """
     logits_nV = logits_nV.float() / temperature
     log_sum_n = logits_nV.logsumexp(-1)
@@ -87,12 +87,12 @@ def weak_of(groups: Sequence[Sequence[Sample]], device: torch.device) -> tuple[T
 
 
 @torch.no_grad()
-def distributions(
+def distributions_of(
     losses: TargetLosses,
     root: Root,
     update_Ld: Tensor,
     samples: Sequence[Sample],
-    k: int,
+    top_k: int,
     temperature: float,
     vocabulary: int,
 ) -> list[Distributions]:
@@ -100,6 +100,7 @@ def distributions(
 
     Args:
         losses: of the model.
+        top_k: tokens that are kept of each distribution.
         vocabulary: number of tokens; models pad their logits to other sizes, and the padding is left out.
     """
     found = []
@@ -111,7 +112,7 @@ def distributions(
         for first in range(0, len(samples), size):
             part = samples[first : first + size]
             logits_nV = losses.of_logits(lambda logits: logits[:, :vocabulary], losses.batch([part]))
-            ids_nk, log_p_nk = (one.cpu().numpy() for one in top_k(logits_nV, k, temperature))
+            ids_nk, log_p_nk = (one.cpu().numpy() for one in likeliest(logits_nV, top_k, temperature))
             target_n = np.concatenate([sample.target for sample in part])
             counts = [len(sample.target) for sample in part]
             found += _of_rows(counts, target_n.astype(np.int32), ids_nk.astype(np.int32), log_p_nk)

@@ -49,7 +49,7 @@ def vissup_loss(
     """Eq. 48 of each token [n].
 
     Args:
-        ids_nk, log_p_nk: the weak model's distribution at that temperature (`distributions.top_k`).
+        ids_nk, log_p_nk: the weak model's distribution at that temperature (`distributions.likeliest`).
     """
     target_n, ids_nk, log_p_nk = (one.to(logits_nV.device) for one in (target_n, ids_nk, log_p_nk))
     b_n = own_share(logits_nV, target_n)

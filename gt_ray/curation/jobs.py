@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from gt_ray.baselines.w2s import halves
 from gt_ray.config import Config, Mechanism, ModelSettings
 from gt_ray.curation.plan import Shadow, plan_content
 from gt_ray.errors import UserError
@@ -108,6 +109,41 @@ def audit_job(
     content = {"audit": fingerprint(task, data.rows(task, AUDITED, positions)), "seed": seed}
     rows = _Rows(task, "", AUDITED, positions)
     return _job(config, data, root, "tinylm", f"audit model {number}", rows, seed, [0], content, mechanism=mechanism)
+
+
+def weak_job(config: Config, data: TaskData, root: Root, client: Client) -> FineTuneJob:
+    """The weak model of the baselines of appendix C.2: the TinyLM on the first half of a client's rows, by sft."""
+    positions, seed = halves_of(config, client)[0], _weak_seed(config)
+    content = {"weak": fingerprint(client.task, data.rows(client.task, "private", positions)), "seed": seed}
+    rows = _Rows(client.task, client.domain, "private", positions)
+    return _job(config, data, root, "tinylm", f"weak {client.name}", rows, seed, [0], content, client.steps, "sft")
+
+
+def strong_job(
+    config: Config, data: TaskData, root: Root, client: Client, baseline: str, content: Mapping[str, Any]
+) -> FineTuneJob:
+    """A baseline of appendix C.2: the LLM on the second half of a client's rows as they are in the pool (task,
+    baseline), with the weak model's labels.
+
+    Args:
+        content: key of the labels, and what else makes the baseline.
+    """
+    rows = _Rows(client.task, client.domain, baseline, halves_of(config, client)[1])
+    seed, name = _weak_seed(config), f"{baseline} {client.name}"
+    return _job(config, data, root, "llm", name, rows, seed, [0], {**content, "seed": seed}, client.steps, "sft")
+
+
+def halves_of(config: Config, client: Client) -> tuple[list[int], list[int]]:
+    """A client's private rows that its weak model is fine-tuned on, and those that it labels.
+
+    Raises:
+        UserError: it has one row.
+    """
+    return halves(client.private, _weak_seed(config))
+
+
+def _weak_seed(config: Config) -> int:
+    return config.clients.seed + config.seed * 1_000_003 + 800_000
 
 
 @dataclass(frozen=True)

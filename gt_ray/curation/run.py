@@ -117,7 +117,8 @@ def _blocks(jobs: Sequence[FineTuneJob], at_once: int | Literal["auto"], actors:
     by_kind: dict[tuple[Any, ...], list[FineTuneJob]] = {}
     of_side = Counter(job.side for job in jobs)
     for job in jobs:
-        kind = (SIDES.index(job.side), json.dumps(job.made_by["fine_tune"]), tuple(job.snapshot_steps), job.task)
+        tuned = json.dumps([job.made_by["fine_tune"], job.made_by.get("loss")])
+        kind = (SIDES.index(job.side), tuned, tuple(job.snapshot_steps), job.task)
         by_kind.setdefault(kind, []).append(job)
     blocks = []
     for members in by_kind.values():

@@ -127,9 +127,12 @@ class FineTuner:
 
     def _fine_tune(self, engine: Any, jobs: list[dict[str, Any]], sets: list[Any], settings: Any) -> dict[str, str]:
         """Fine-tune a group and write what is done as it is done; errors by key."""
+        from gt_ray.baselines.weak_to_strong import mechanism_of_loss
+
         errors = {}
         start, writing_s = time.perf_counter(), 0.0
-        for i, result in engine.fine_tune(sets, settings, jobs[0]["snapshot_steps"]):
+        mechanism = mechanism_of_loss(jobs[0]["made_by"])
+        for i, result in engine.fine_tune(sets, settings, jobs[0]["snapshot_steps"], mechanism=mechanism):
             job = jobs[i]
             if isinstance(result, UserError):
                 errors[job["key"]] = str(result)
@@ -149,12 +152,15 @@ class FineTuner:
         return errors
 
     def _training_set(self, tokenizer: Any, job: dict[str, Any], max_length: int) -> Any:
+        from gt_ray.baselines.w2s import labelled_samples
+        from gt_ray.baselines.weak_to_strong import WEAK_TO_STRONG
         from gt_ray.learning.samples import TrainingSet, encode
         from gt_ray.tasks import TASKS
 
         def samples(split: str, positions: list[int]) -> Any:
             rows = self.study.data.rows(job["task"], split, positions)
-            return encode(tokenizer, TASKS[job["task"]], rows, max_length, where=f"{job['name']}, {job['task']}")
+            read = labelled_samples if split in WEAK_TO_STRONG else encode
+            return read(tokenizer, TASKS[job["task"]], rows, max_length, where=f"{job['name']}, {job['task']}")
 
         name = f"{job['name']} ({job['task']}, {job['side']})"
         return TrainingSet(

@@ -107,21 +107,22 @@ def _engine(study: Study, system: System) -> Literal["vllm", "transformers"]:
 
 def _kinds(study: Study) -> list[EngineKind]:
     """One model after the other, the large one first, and the LLM with the TinyLM as its proxy."""
-    settings, roots = study.config.evaluation, study.roots
-    models = {side: model_settings(study.config, side) for side in SIDES}
-    kinds = [
-        EngineKind(
-            models[side],
-            roots[side],
-            settings,
-            _engine(study, System("", side)),
-            roots[side].lora.rank,
-            roots[side].lora.target_modules,
-        )
-        for side in reversed(SIDES)
-    ]
-    proxy = models["tinylm"], roots["tinylm"]
+    kinds = [engine_kind(study, side) for side in reversed(SIDES)]
+    proxy = model_settings(study.config, "tinylm"), study.roots["tinylm"]
     return [*kinds, replace(kinds[0], engine="transformers", proxy=proxy)]
+
+
+def engine_kind(study: Study, side: Side) -> EngineKind:
+    """The engine that scores updates of a model."""
+    root = study.roots[side]
+    return EngineKind(
+        model_settings(study.config, side),
+        root,
+        study.config.evaluation,
+        _engine(study, System("", side)),
+        root.lora.rank,
+        root.lora.target_modules,
+    )
 
 
 def _is_of(system: System, kind: EngineKind, study: Study) -> bool:

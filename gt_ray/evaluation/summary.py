@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gt_ray.baselines.weak_to_strong import WEAK_TO_STRONG
 from gt_ray.config import DpSgdSettings
 from gt_ray.evaluation.results import RowScore
 from gt_ray.evaluation.run import ClientScores
@@ -15,7 +16,16 @@ from gt_ray.tasks import TASKS
 from gt_ray.tasks.data import Client
 
 MAIN = ("P_S", "P_T", "base_S", "base_T", "ours")
-BASELINES = ("proxy_tuning", "cross_lora", "ours_unrefined", "ours_alone", "ours_product", "P_T_mean", "oracle_domain")
+BASELINES = (
+    *WEAK_TO_STRONG,
+    "proxy_tuning",
+    "cross_lora",
+    "ours_unrefined",
+    "ours_alone",
+    "ours_product",
+    "P_T_mean",
+    "oracle_domain",
+)
 """What is no control: methods without a Grad-Transformer, variants of ours, and ceilings that know what is private."""
 RESAMPLES = 2000
 

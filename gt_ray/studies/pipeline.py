@@ -24,6 +24,7 @@ from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.learning.mechanisms import statement
 from gt_ray.progress import say
 from gt_ray.studies.systems import Pooled, finished_updates, generated_updates, pooled_updates, share_of_proxy, systems
+from gt_ray.studies.weak_to_strong import asked_for, run_baselines
 from gt_ray.tasks.data import Client
 from gt_ray.training.refinement import Generated, are_refined, refine_all
 from gt_ray.training.run import load_trained, models, train
@@ -129,8 +130,14 @@ def generate_files(
         say(estimate.text)
 
 
+def baselines_stage(study: Study) -> None:
+    """Appendix C.2: the LLM fine-tuned on labels of clients' weak models (w2s, conf, vissup)."""
+    with _timed(study, "baselines"):
+        run_baselines(study)
+
+
 def evaluate_stage(study: Study) -> dict[str, Any]:
-    """Ceilings, controls, scores; writes and returns `report.json`."""
+    """Ceilings, controls, baselines, scores; writes and returns `report.json`."""
     model = load_trained(study)
     pooled = pooled_updates(study)
     _check_adapters(study, model, pooled)
@@ -138,6 +145,8 @@ def evaluate_stage(study: Study) -> dict[str, Any]:
         extra = study.public_jobs() if study.config.evaluation.controls else []
         # Those of single clients too where they are joint: their mean is not the fine-tune on the union.
         run_fine_tunes(study, [*study.ceiling_jobs().values(), *study.client_jobs("llm"), *extra], "ceilings")
+    if asked_for(study):
+        baselines_stage(study)
     with _timed(study, "evaluate"):
         results = score(study, systems(study, model, pooled))
     config, known, populations = study.config, certainty(model, pooled), by_population(results)

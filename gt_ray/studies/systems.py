@@ -17,6 +17,7 @@ from gt_ray.evaluation.scorer import System
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.learning.refinement import proxy_share
 from gt_ray.progress import say
+from gt_ray.studies.weak_to_strong import strong_jobs
 from gt_ray.tasks.data import Client, Group
 from gt_ray.training.refinement import Generated, refine_all
 from gt_ray.training.run import LINEAR, load_trained, models
@@ -52,6 +53,7 @@ def systems(study: Study, model: GradTransformer, pooled: Mapping[str, Pooled]) 
     carry = _cross_lora(study)
     own = dict(zip([client.name for client in study.data.clients], study.client_jobs("llm"), strict=True))
     ceilings = study.ceiling_jobs()
+    strong = strong_jobs(study)
     work = []
     for name, one in pooled.items():
         z_S_P = model.standard_S(one.update_Ld).flatten()
@@ -66,6 +68,7 @@ def systems(study: Study, model: GradTransformer, pooled: Mapping[str, Pooled]) 
                 System("ours", "llm", adapter_Ld),
                 *(System(variant, "llm", updates[client.name]) for variant, updates in variants.items()),
             ]
+            found += [System(name, "llm", store.read(job.key)[0][-1]) for name, job in strong[client.name].items()]
             if proxy:
                 found.append(System("proxy_tuning", proxy_Ld=one.update_Ld))
             if carried_Ld is not None:

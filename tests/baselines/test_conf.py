@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gt_ray.baselines.conf import Conf, conf_loss, confident_half, own_cross_entropy, share
-from gt_ray.baselines.distributions import Distributions, SoftSample, top_k, weak_cross_entropy
+from gt_ray.baselines.distributions import Distributions, SoftSample, likeliest, weak_cross_entropy
 from gt_ray.baselines.vissup import VisSup
 from gt_ray.config import FineTuneSettings, ModelSettings
 from gt_ray.learning.engine import Engine, FineTuned, MechanismMaker
@@ -33,7 +33,7 @@ def soft_sets(G: int, rows: int = 5) -> list[TrainingSet]:
     def sample() -> SoftSample:
         prompt, target = (int(length) for length in torch.randint(1, 9, (2,), generator=generator))
         tokens = torch.randint(10, 700, (prompt + target,), generator=generator)
-        ids, log_p = top_k(2 * torch.randn(target, 700, generator=generator), 4, 1.0)
+        ids, log_p = likeliest(2 * torch.randn(target, 700, generator=generator), 4, 1.0)
         weak = Distributions(tokens[prompt:].numpy(), ids.numpy().astype(np.int32), log_p.numpy())
         return SoftSample(tokens[:prompt].tolist(), tokens[prompt:].tolist(), weak)
 
@@ -52,7 +52,7 @@ def updates(engine: Engine, sets: list[TrainingSet], make: MechanismMaker) -> li
 
 def test_the_loss_is_eq_47_token_by_token() -> None:
     strong, weak, a = logits_of(0), logits_of(1), 0.3
-    weak_n = weak_cross_entropy(strong, *top_k(weak, V, 1.0))
+    weak_n = weak_cross_entropy(strong, *likeliest(weak, V, 1.0))
     own_n = own_cross_entropy(strong)
     exceeds_n = confident_half(own_n, torch.zeros(n, dtype=torch.long), 1)
     found_n = conf_loss(weak_n, own_n, exceeds_n, a)

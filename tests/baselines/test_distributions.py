@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from gt_ray.baselines.distributions import (
-    distributions,
+    distributions_of,
+    likeliest,
     read_distributions,
-    top_k,
     weak_cross_entropy,
     write_distributions,
 )
@@ -32,7 +32,7 @@ def random_logits(seed: int, rows: int = n) -> torch.Tensor:
 def test_with_all_tokens_it_is_the_whole_cross_entropy() -> None:
     strong, weak = random_logits(0), random_logits(1)
     for temperature in (1.0, 2.0):
-        found_n = weak_cross_entropy(strong, *top_k(weak, V, temperature), temperature)
+        found_n = weak_cross_entropy(strong, *likeliest(weak, V, temperature), temperature)
         for i in range(n):
             f, f_w = ((logits[i] / temperature).softmax(-1) for logits in (strong, weak))
             expected = -sum(float(f_w[v]) * float(f[v].log()) for v in range(V))
@@ -41,7 +41,7 @@ def test_with_all_tokens_it_is_the_whole_cross_entropy() -> None:
 
 def test_with_fewer_the_others_are_one_class() -> None:
     strong, weak = random_logits(0), random_logits(1)
-    found_n = weak_cross_entropy(strong, *top_k(weak, 3, 1.0))
+    found_n = weak_cross_entropy(strong, *likeliest(weak, 3, 1.0))
     for i in range(n):
         f, f_w = strong[i].softmax(-1), weak[i].softmax(-1)
         kept = sorted(range(V), key=lambda v: -float(f_w[v]))[:3]
@@ -51,7 +51,7 @@ def test_with_fewer_the_others_are_one_class() -> None:
 
 
 def test_its_gradient_spreads_the_rest_as_the_strong_model_does() -> None:
-    strong, (ids, log_p) = random_logits(0).requires_grad_(), top_k(random_logits(1), 3, 1.0)
+    strong, (ids, log_p) = random_logits(0).requires_grad_(), likeliest(random_logits(1), 3, 1.0)
     (found,) = torch.autograd.grad(weak_cross_entropy(strong, ids, log_p).sum(), strong)
     others = strong.detach().scatter(1, ids, -torch.inf).softmax(-1)
     target = (others * (1 - log_p.exp().sum(-1, keepdim=True))).scatter(1, ids, log_p.exp())
@@ -63,7 +63,7 @@ def test_a_strong_model_that_is_sure_of_a_kept_token_has_finite_gradients() -> N
     strong = torch.zeros(1, V)
     strong[0, 0] = 200.0
     strong.requires_grad_()
-    loss = weak_cross_entropy(strong, *top_k(torch.zeros(1, V), 2, 1.0)).sum()
+    loss = weak_cross_entropy(strong, *likeliest(torch.zeros(1, V), 2, 1.0)).sum()
     loss.backward()
     assert torch.isfinite(loss) and strong.grad is not None and torch.isfinite(strong.grad).all()
 
@@ -73,7 +73,7 @@ def test_distributions_are_the_models_own_row_by_row(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     update_Ld = 0.1 * torch.randn(root.layout.L, root.layout.d, generator=generator)
     samples = [Sample(list(range(10, 10 + length)), [20, 30, 40][: 1 + length % 3]) for length in (9, 3, 4)]
-    found = distributions(TargetLosses(model, root), root, update_Ld, samples, 5, 2.0, 700)
+    found = distributions_of(TargetLosses(model, root), root, update_Ld, samples, 5, 2.0, 700)
     with stacked(model, root, G=1) as parameters, torch.no_grad():
         add_updates(parameters, root.layout, update_Ld[None])
         for sample, one in zip(samples, found, strict=True):

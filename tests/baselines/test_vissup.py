@@ -6,7 +6,7 @@ from math import exp, log
 
 import torch
 
-from gt_ray.baselines.distributions import top_k
+from gt_ray.baselines.distributions import likeliest
 from gt_ray.baselines.vissup import own_share, vissup_loss
 
 n, V, T = 7, 11, 2.0
@@ -19,7 +19,7 @@ def logits_of(seed: int) -> torch.Tensor:
 def test_the_loss_is_eq_48_token_by_token() -> None:
     strong, weak = logits_of(0), logits_of(1)
     written_n = weak.argmax(-1)
-    found_n = vissup_loss(strong, written_n, *top_k(weak, V, T), T)
+    found_n = vissup_loss(strong, written_n, *likeliest(weak, V, T), T)
     for i in range(n):
         f = [float(p) for p in strong[i].softmax(-1)]
         soft, soft_w = ([float(p) for p in (logits[i] / T).softmax(-1)] for logits in (strong, weak))
@@ -38,7 +38,7 @@ def test_the_own_share_is_a_half_where_both_agree_and_falls_as_they_differ() -> 
 
 
 def test_no_gradient_goes_through_share_and_hard_labels() -> None:
-    strong, (ids, log_p) = logits_of(0).requires_grad_(), top_k(logits_of(1), V, T)
+    strong, (ids, log_p) = logits_of(0).requires_grad_(), likeliest(logits_of(1), V, T)
     written_n = ids[:, 0]
     (found,) = torch.autograd.grad(vissup_loss(strong, written_n, ids, log_p, T).sum(), strong)
     with torch.no_grad():

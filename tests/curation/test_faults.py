@@ -50,13 +50,13 @@ def deadly_for_groups(log: Path, deaths: int, name: str = "llm") -> Callable[[],
 
         fine_tune = Engine.fine_tune
 
-        def logged(self: Engine, sets: Any, *args: Any) -> Any:
+        def logged(self: Engine, sets: Any, *args: Any, **kwargs: Any) -> Any:
             if any(name in one.name for one in sets):
                 with log.open("a") as file:
                     file.write(f"{len(sets)}\n")
                 if len(log.read_text().split()) <= deaths:
                     os.kill(os.getpid(), signal.SIGKILL)
-            return fine_tune(self, sets, *args)
+            return fine_tune(self, sets, *args, **kwargs)
 
         Engine.fine_tune = logged  # type: ignore[method-assign]
 

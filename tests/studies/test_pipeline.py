@@ -91,9 +91,10 @@ def test_joint_clients_by_several_mechanisms(tiny_pair: tuple[Path, Path], tmp_p
         "clients.joint=task",
         f"clients.mechanisms={mechanisms}",
         f"curation.tinylm_mechanisms={mechanisms}",
-        "evaluation.baselines=[oracle_domain]",
+        "evaluation.baselines=[oracle_domain, w2s, conf, vissup]",
     )
     report = pipeline(config)
+    assert report["wall_s"]["baselines"] > 0
     assert report["populations"].keys() == {"seen, epsilon 1", "seen, noise 10"}
     assert "by the clients&#39; learning mechanism" in (config.run_folder / "report.html").read_text()
     systems = {row["system"] for row in report["rows"]}
@@ -111,8 +112,10 @@ def test_joint_clients_by_several_mechanisms(tiny_pair: tuple[Path, Path], tmp_p
     files = [config.run_folder / "clients" / f"{task}-seen-{c}-noise-10.safetensors" for c in range(2)]
     one, other = (read_update(file, study.roots["tinylm"])[0].flatten() for file in files)
     assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.2  # their noise is not the same
-    ceilings = {row["client"]: row["scores"] for row in report["rows"] if row["system"] == "P_T"}
-    assert ceilings[f"{task}-seen-0-noise-10"] == ceilings[f"{task}-seen-0-epsilon-1"]  # never private, and made once
+    for system in ("P_T", "w2s", "conf", "vissup"):  # never private, and made once
+        scores = {row["client"]: row["scores"] for row in report["rows"] if row["system"] == system}
+        assert scores[f"{task}-seen-0-noise-10"] == scores[f"{task}-seen-0-epsilon-1"]
+        assert len(scores) == 4
 
 
 def test_running_again_repeats_the_scores_without_work(
