@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gt_ray.baselines.weak_to_strong import WEAK_TO_STRONG
+
 MAIN = ("base_S", "P_S", "base_T", "P_T", "ours")
 RATIOS = {"PGR": "pgr", "gain recovered": "gain_recovered"}
 LIKELIHOOD = {"gain recovered, log-likelihood": "gain_recovered_log_likelihood"}
@@ -62,6 +64,11 @@ def systems_of(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """All systems of a report, in the order in which they are shown."""
     found = dict.fromkeys(name for entry in summary.values() for name in scores_of(entry))
     return [name for name in MAIN if name in found] + [name for name in found if name not in MAIN]
+
+
+def label_of(name: str) -> str:
+    """A row's name, with what has to be known where it is compared (Table 1)."""
+    return f"{name} (reads private data)" if name in WEAK_TO_STRONG else name
 
 
 def grid_of(report: Mapping[str, Any], ratios: Mapping[str, str]) -> tuple[dict[str, list[Cell]], list[str]]:

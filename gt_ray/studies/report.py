@@ -33,6 +33,7 @@ from gt_ray.studies.facts import (
     finite,
     grid_of,
     intervals_of,
+    label_of,
     lead,
     normalised_of,
     origin_of,
@@ -60,14 +61,15 @@ def print_table(report: dict[str, Any], ratios: Mapping[str, str] = RATIOS) -> N
         console = Console(highlight=False, markup=False, emoji=False, width=UNBOUNDED)
     tasks = list(summary_of(report))
     widths = [max(map(cell_len, [task, *(str(row[i]) for row in grid.values())])) for i, task in enumerate(tasks)]
-    label_width = max(map(cell_len, grid), default=0)
+    label_width = max(map(cell_len, map(label_of, grid)), default=0)
     for chunk in _chunks(widths, console.width - label_width - 2) if grid else []:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
         table.add_column(Text("%"), overflow="fold")
         for i in chunk:
             table.add_column(Text(tasks[i]), justify="right", overflow="fold")
         for system, row in grid.items():
-            table.add_row(Text(system), *(str(row[i]) for i in chunk), style="bold" if system == "ours" else None)
+            style = "bold" if system == "ours" else None
+            table.add_row(Text(label_of(system)), *(str(row[i]) for i in chunk), style=style)
         console.print(table)
     for number, note in enumerate(notes, 1):
         console.print(f"({number}) {note}")
@@ -116,6 +118,7 @@ def write_html(run_folder: Path) -> Path:
         populations=list(populations) if len(populations) > 1 else [],
         population_grid={name: dict(zip(populations, row, strict=True)) for name, row in population_grid.items()},
         population_notes=population_notes,
+        label_of=label_of,
         first_ratio=next((name for name in grid if name in RATIOS | LIKELIHOOD), None),
         roles=set(map(role_of, systems_of(summary))),
         score_charts=_score_charts(report),

@@ -239,6 +239,16 @@ def test_nan_is_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "nan" not in out and "None" not in out
 
 
+def test_baselines_that_read_private_data_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    baselines = {"w2s": 50.0, "conf": 51.0, "vissup": 52.0, "proxy_tuning": 53.0}
+    report = MINIMAL | {"summary": {"gsm8k": {"base_T": 7.5, "P_T": 80.0, "controls": {}, "baselines": baselines}}}
+    print_table(report)
+    printed, shown = capsys.readouterr().out, page(tmp_path, report)
+    for name in ("w2s", "conf", "vissup"):
+        assert f"{name} (reads private data)" in printed and f"{name} (reads private data)</th>" in shown
+    assert printed.count("private data") == 3 and ">proxy_tuning</th>" in shown
+
+
 def test_hostile_names_are_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = full_report()
     for old in ("gsm8k", "ridge", "embedded", "accuracy", "a1a1", "curate", REASON):
