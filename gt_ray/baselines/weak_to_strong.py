@@ -1,8 +1,11 @@
 """The baselines of appendix C.2 by name: what each is made of. They read private data, the prompts of clients.
 
-w2s       the weak model's outputs as targets                          w2s.py
-conf      its distributions, and the LLM's own hardened predictions    conf.py, distributions.py
-vissup    the same, each token with a share of its own                 vissup.py, distributions.py
+    w2s       the weak model's outputs as targets                          w2s.py
+    conf      its distributions, and the LLM's own hardened predictions    conf.py, distributions.py
+    vissup    the same, each token with a share of its own                 vissup.py, distributions.py
+
+Their losses are the LLM's alone and need a weak model's distributions, so they are no learning mechanisms of a config:
+the engine gets them with the fine-tune.
 """
 
 from __future__ import annotations

@@ -79,6 +79,7 @@ def test_updates_and_adapters_are_on_disk_and_load(report: dict[str, Any], confi
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_joint_clients_by_several_mechanisms(tiny_pair: tuple[Path, Path], tmp_path: Path, ray_cluster: None) -> None:
     """Two clients of a task, pooled, by two mechanisms, on shadows that take turns at them."""
     mechanisms = "[{name: dp_sgd, epsilon: 1, batch_size: 8}, {name: noisy_erm, noise: 10}]"
