@@ -97,8 +97,9 @@ class BehaviourSettings(Section):
     rows: int = Field(8, ge=1, description="rows that each of them is tried on")
     mix: float = Field(0.5, ge=0, le=1, description="share of the inputs that are mixtures of two")
     across: float = Field(
-        0.0, ge=0, le=1, description="share of the inputs that are means over tasks, for clients.joint=tasks"
+        0.0, ge=0, le=1, description="share of the inputs that are pooled over all tasks, for clients.joint=tasks"
     )
+    across_pooling: Literal["mean", "sum"] = Field("mean", description="how they are pooled: as clients.pooling says")
     noise: float = Field(
         0.0,
         ge=0,
@@ -257,6 +258,9 @@ class ClientSettings(Section):
         "none",
         description="whose updates are pooled into one adapter: none: each client has its own (Table 1); task: the "
         "clients of a task and population (Table 2); tasks: a client of every task (Table 6)",
+    )
+    pooling: Literal["mean", "sum", "clip", "median", "trimmed_mean"] = Field(
+        "mean", description="how (`gt_ray.updates.pooling`); sum is for clients of different tasks"
     )
     seed: int = 0
 

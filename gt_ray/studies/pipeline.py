@@ -80,7 +80,8 @@ def generate_stage(study: Study) -> None:
             write_update(update_file(run, client), snapshots_JLd[-1], study.roots["tinylm"], info)
     with _timed(study, "generate"):
         refines = study.config.grad_transformer.refinement.steps > 0
-        refined = finished_updates(study, generated_updates(study, model, pooled_updates(study))) if refines else {}
+        generated = generated_updates(study, model, pooled_updates(study, model)) if refines else {}
+        refined = finished_updates(study, generated) if refines else {}
         checkpoint = model.fingerprint()
         for group in study.groups():
             generate_adapter(
@@ -89,6 +90,7 @@ def generate_stage(study: Study) -> None:
                 study.roots["llm"],
                 [update_file(run, client) for client in group.members],
                 run / "adapters" / group.name,
+                study.config.clients.pooling,
                 refine=_known(refined[group.name]) if refined else None,
                 checkpoint=checkpoint,
             )
@@ -139,7 +141,7 @@ def baselines_stage(study: Study) -> None:
 def evaluate_stage(study: Study) -> dict[str, Any]:
     """Ceilings, controls, baselines, scores; writes and returns `report.json`."""
     model = load_trained(study)
-    pooled = pooled_updates(study)
+    pooled = pooled_updates(study, model)
     _check_adapters(study, model, pooled)
     with _timed(study, "ceilings"):
         extra = study.public_jobs() if study.config.evaluation.controls else []

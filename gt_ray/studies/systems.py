@@ -129,13 +129,14 @@ def _variants(study: Study, model: GradTransformer, pooled: Mapping[str, Pooled]
     return found
 
 
-def pooled_updates(study: Study) -> dict[str, Pooled]:
-    """By group, the mean of its clients' S updates."""
+def pooled_updates(study: Study, model: GradTransformer) -> dict[str, Pooled]:
+    """By group, its clients' S updates and what they are pooled to."""
     found = {}
     for group in study.groups():
         jobs = [client_job(study.config, study.data, study.roots["tinylm"], "tinylm", one) for one in group.members]
         updates_NLd = torch.stack([study.store.read(job.key)[0][-1] for job in jobs])
-        found[group.name] = Pooled(group, updates_NLd, pool(updates_NLd))
+        update_Ld = pool(updates_NLd, study.config.clients.pooling, model.standard_S.mean)
+        found[group.name] = Pooled(group, updates_NLd, update_Ld)
     return found
 
 

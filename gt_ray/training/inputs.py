@@ -4,8 +4,8 @@
   of three of them has the mean of the kind and the noise of a single shadow (4/9 + 4/9 + 1/9 = 1), and is new each
   time, so that the network cannot learn shadows by heart.
 - Shadows of a mixture differ in its shares, so they get the noise of a kind of their task instead: a + t (b - c).
-- Convex mixtures of two such updates fill the space between the kinds; their rows are mixed alike. So are means over
-  all tasks, as clients of different tasks are pooled, where the settings say so.
+- Convex mixtures of two such updates fill the space between the kinds; their rows are mixed alike. So are inputs
+  pooled over all tasks, as clients of different tasks are, where the settings say so.
 - Some are made larger, as updates of clients are that fine-tune for longer than a shadow.
 - Where the settings say so, they get Gaussian noise, as a private mechanism of the clients adds.
 """
@@ -75,7 +75,7 @@ class Inputs:
 
     def __init__(self, S_KLd: Tensor, task_K: Sequence[int], kind_K: Sequence[Kind], shadow_K: Sequence[int]) -> None:
         self.S_KLd, self.shadow_K = S_KLd, list(shadow_K)
-        self.rms = float(S_KLd.square().mean().sqrt())
+        self.rms, self.mean_Ld = float(S_KLd.square().mean().sqrt()), S_KLd.mean(0)
         self.kinds: dict[tuple[int, str, str], list[int]] = {}
         for k, (task, (domain, mechanism)) in enumerate(zip(task_K, kind_K, strict=True)):
             self.kinds.setdefault((task, domain, mechanism), []).append(k)
@@ -102,11 +102,12 @@ class Inputs:
         updates, draws = [], []
         for _ in range(G):
             first = self._member(rng)
-            parts = [(1.0, first)]
+            parts, over = [(1.0, first)], 1
             if settings.across and rng.random() < settings.across:
                 others = [task for task in self.tasks if task != first.task]
                 members = [first, *(self._member(rng, task) for task in rng.sample(others, len(others)))]
                 parts = [(1 / len(members), member) for member in members]
+                over = len(members) if settings.across_pooling == "sum" else 1
             elif rng.random() < settings.mix:
                 share = rng.random()
                 parts = [(share, first), (1 - share, self._member(rng, first.task))]
@@ -114,6 +115,8 @@ class Inputs:
             for share, member in parts:
                 for k, weight in member.weights.items():
                     update_Ld += share * weight * self.S_KLd[k]
+            if over > 1:  # the mean becomes mu + sum(u - mu)
+                update_Ld = self.mean_Ld + over * (update_Ld - self.mean_Ld)
             if rng.random() < SCALED:
                 update_Ld *= math.exp(rng.uniform(0, math.log(LARGEST_SCALE)))
             if settings.noise and rng.random() < NOISY:

@@ -12,12 +12,13 @@ from torch import Tensor
 from gt_ray.config import BehaviourSettings
 from gt_ray.training.behaviour import Draw
 from gt_ray.training.inputs import LARGEST_SCALE, Inputs, noisy
+from gt_ray.updates.pooling import pool
 
 TASK = [0] * 6 + [1] * 6
 DOMAIN = ["a", "a", "a", "b", "b", "a+b"] * 2
 
 
-def drawn(inputs: Inputs, G: int, seed: int = 0, **settings: float) -> tuple[Tensor, list[Draw]]:
+def drawn(inputs: Inputs, G: int, seed: int = 0, **settings: float | str) -> tuple[Tensor, list[Draw]]:
     return inputs.draw(G, BehaviourSettings.model_validate(settings), random.Random(seed))
 
 
@@ -91,3 +92,14 @@ def test_means_over_tasks_have_rows_of_all_of_them() -> None:
         of_tasks = weights[:6].sum(), weights[6:].sum()
         torch.testing.assert_close(of_tasks[0], of_tasks[1])
         assert len({TASK[shadow - 100] for shadow, _ in rows}) == 2 or len(rows) < 12
+
+
+def test_sums_over_tasks_are_what_pooling_by_sum_makes_of_clients() -> None:
+    inputs = one_hot()
+    means, draws = drawn(inputs, 50, across=1.0)
+    sums, same = drawn(inputs, 50, across=1.0, across_pooling="sum")
+    assert draws == same
+    for mean_Ld, sum_Ld in zip(means, sums, strict=True):  # of two tasks: mu + (a - mu) + (b - mu)
+        scale = mean_Ld.sum()  # of inputs that are made larger, as their weights sum up to it
+        pooled_Ld = pool(torch.stack([2 * mean_Ld / scale, torch.zeros_like(mean_Ld)]), "sum", inputs.mean_Ld)
+        assert torch.allclose(sum_Ld, scale * pooled_Ld, atol=1e-6)
