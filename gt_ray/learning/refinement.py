@@ -35,8 +35,7 @@ def proxy_share(distance: float | None, largest: float, settings: RefinementSett
 def refine(
     behaviour: Behaviour,
     update_GLd: Tensor,
-    update_S_GLd: Tensor,
-    share_G: Tensor,
+    teacher: Callable[[int], tuple[Tensor, Tensor]],
     rows: Callable[[int], Sequence[Sequence[Sample]]],
     settings: RefinementSettings,
 ) -> Tensor:
@@ -45,8 +44,7 @@ def refine(
     Args:
         behaviour: of the LLM, with the proxy as its only teacher (weight 1).
         update_GLd: as generated.
-        update_S_GLd: what they were generated from.
-        share_G: of proxy-tuning in each teacher.
+        teacher: what the TinyLM wears at a step to teach each of them [G, L, d], and the share [G] of proxy-tuning.
         rows: the samples of each update at a step; of their answers only the tokens before each one are read.
     """
     refined_GLd = update_GLd.clone()
@@ -54,6 +52,7 @@ def refine(
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * min((step + 1) / 3, 1 - step / settings.steps)
+        update_S_GLd, share_G = teacher(step)
         _, refined_GLd.grad = behaviour(refined_GLd, rows(step), update_S_GLd=update_S_GLd, start=(update_GLd, share_G))
         optimizer.step()
     return refined_GLd

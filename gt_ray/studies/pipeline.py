@@ -26,7 +26,7 @@ from gt_ray.progress import say
 from gt_ray.studies.systems import Pooled, finished_updates, generated_updates, pooled_updates, share_of_proxy, systems
 from gt_ray.studies.weak_to_strong import asked_for, run_baselines
 from gt_ray.tasks.data import Client
-from gt_ray.training.refinement import Generated, are_refined, refine_all
+from gt_ray.training.refinement import Generated, Proxy, are_refined, refine_all
 from gt_ray.training.run import load_trained, models, train
 from gt_ray.updates.files import read_adapter, write_atomically
 from gt_ray.updates.pooling import Pooling
@@ -122,8 +122,8 @@ def generate_files(
         study = Study.load(config)
 
         def refine(update_S_Ld: Tensor, update_Ld: Tensor) -> Tensor:
-            share = share_of_proxy(study, model, update_S_Ld)
-            return refine_all(study, [Generated((task,), model.fingerprint(), update_Ld, update_S_Ld, share)])[0]
+            proxy = Proxy(task, update_S_Ld, share_of_proxy(study, model, update_S_Ld))
+            return refine_all(study, [Generated(model.fingerprint(), update_Ld, update_S_Ld, (proxy,))])[0]
 
     roots = load_roots(config)
     estimate = generate_adapter(model, roots["tinylm"], roots["llm"], updates, out, pooling, refine)

@@ -19,7 +19,7 @@ from gt_ray.learning.refinement import proxy_share
 from gt_ray.progress import say
 from gt_ray.studies.weak_to_strong import strong_jobs
 from gt_ray.tasks.data import Client, Group
-from gt_ray.training.refinement import Generated, refine_all
+from gt_ray.training.refinement import Generated, Proxy, refine_all
 from gt_ray.training.run import LINEAR, load_trained, models
 from gt_ray.updates.files import read_adapter
 from gt_ray.updates.pooling import pool, pool_products
@@ -32,6 +32,14 @@ class Pooled:
     group: Group
     updates_NLd: Tensor
     update_Ld: Tensor
+
+    def by_task(self) -> list[tuple[str, Tensor]]:
+        """What proxy-tuning of each task wears: what they are pooled to, or where tasks differ the mean of its own
+        clients."""
+        if len(self.group.tasks) == 1:
+            return [(self.group.tasks[0], self.update_Ld)]
+        of_task = [[client.task == task for client in self.group.members] for task in self.group.tasks]
+        return [(task, self.updates_NLd[own].mean(0)) for task, own in zip(self.group.tasks, of_task, strict=True)]
 
 
 def systems(study: Study, model: GradTransformer, pooled: Mapping[str, Pooled]) -> list[tuple[System, Client]]:
@@ -70,7 +78,7 @@ def systems(study: Study, model: GradTransformer, pooled: Mapping[str, Pooled]) 
             ]
             found += [System(name, "llm", store.read(job.key)[0][-1]) for name, job in strong[client.name].items()]
             if proxy:
-                found.append(System("proxy_tuning", proxy_Ld=one.update_Ld))
+                found.append(System("proxy_tuning", proxy_Ld=dict(one.by_task())[client.task]))
             if carried_Ld is not None:
                 found.append(System("cross_lora", "llm", carried_Ld))
             if len(one.group.members) > 1:
@@ -144,9 +152,9 @@ def generated_updates(study: Study, model: GradTransformer, pooled: Mapping[str,
     """What a model generates from each of these."""
     found, generator = {}, model.fingerprint()
     for name, one in pooled.items():
-        share = share_of_proxy(study, model, one.update_Ld)
         update_Ld = model.generate(one.update_Ld[None])[0]
-        found[name] = Generated(one.group.tasks, generator, update_Ld, one.update_Ld, share)
+        proxies = tuple(Proxy(task, own_Ld, share_of_proxy(study, model, own_Ld)) for task, own_Ld in one.by_task())
+        found[name] = Generated(generator, update_Ld, one.update_Ld, proxies)
     return found
 
 

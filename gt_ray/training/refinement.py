@@ -31,20 +31,37 @@ VERSION = 2
 
 
 @dataclass(frozen=True)
+class Proxy:
+    """What teaches on public rows of one task.
+
+    Attributes:
+        update_S_Ld: that the TinyLM wears.
+        share: of proxy-tuning in the teacher.
+    """
+
+    task: str
+    update_S_Ld: Tensor
+    share: float
+
+
+@dataclass(frozen=True)
 class Generated:
     """An update as it was generated, and what it was generated from.
 
     Attributes:
-        tasks: whose public rows are the prompts.
         generator: fingerprint of the Grad-Transformer.
-        share: of proxy-tuning in its teacher.
+        proxies: one for each task of its clients; optimizer steps take turns. An update that was pooled over tasks is
+            no use to the TinyLM, so each task has that of its own clients.
     """
 
-    tasks: tuple[str, ...]
     generator: str
     update_Ld: Tensor
     update_S_Ld: Tensor
-    share: float
+    proxies: tuple[Proxy, ...]
+
+    def proxy(self, step: int) -> Proxy:
+        """Of an optimizer step."""
+        return self.proxies[step % len(self.proxies)]
 
 
 def refine_all(study: Study, wanted: Sequence[Generated]) -> list[Tensor]:
@@ -111,17 +128,21 @@ def _made_by(study: Study, wanted: Sequence[Generated]) -> list[dict[str, Any]]:
     }
     prompts = {
         task: fingerprint(task, study.data.rows(task, SPLIT, _positions(study, task)))
-        for task in {task for one in wanted for task in one.tasks}
+        for task in {proxy.task for one in wanted for proxy in one.proxies}
     }
-    return [
-        {
-            **common,
-            "generator": one.generator,
-            "update_S": hashlib.sha256(one.update_S_Ld.numpy().tobytes()).hexdigest(),
-            "prompts": prompts[one.tasks[0]] if len(one.tasks) == 1 else [prompts[task] for task in one.tasks],
-        }
-        for one in wanted
-    ]
+    found = []
+    for one in wanted:
+        of_tasks = [prompts[proxy.task] for proxy in one.proxies]
+        content = {**common, "generator": one.generator, "update_S": _hash(one.update_S_Ld)}
+        if len(of_tasks) == 1:
+            found.append({**content, "prompts": of_tasks[0]})
+        else:
+            found.append({**content, "prompts": of_tasks, "proxies": [_hash(p.update_S_Ld) for p in one.proxies]})
+    return found
+
+
+def _hash(update_Ld: Tensor) -> str:
+    return hashlib.sha256(update_Ld.numpy().tobytes()).hexdigest()
 
 
 def _positions(study: Study, task: str) -> list[int]:
@@ -145,14 +166,18 @@ class _Actor:
     def refine(self, group: list[int], wanted: list[Generated]) -> tuple[list[int], Any]:
         """The group as it was given, and its refined updates [G, L, d] as a numpy array."""
         settings = self.study.config.grad_transformer.refinement
-        samples = [self._samples(one.tasks) for one in wanted]
+        samples = [self._samples([proxy.task for proxy in one.proxies]) for one in wanted]
 
         def work(part: slice) -> Tensor:
+            def teacher(step: int) -> tuple[Tensor, Tensor]:
+                proxies = [one.proxy(step) for one in wanted[part]]
+                update_S_GLd = torch.stack([proxy.update_S_Ld for proxy in proxies])
+                return update_S_GLd, torch.tensor([proxy.share for proxy in proxies])
+
             return refine(
                 self.behaviour,
                 torch.stack([one.update_Ld for one in wanted[part]]),
-                torch.stack([one.update_S_Ld for one in wanted[part]]),
-                torch.tensor([one.share for one in wanted[part]]),
+                teacher,
                 lambda step: [found[step * settings.rows : (step + 1) * settings.rows] for found in samples[part]],
                 settings,
             )
@@ -168,7 +193,7 @@ class _Actor:
             ) from error
 
     def _samples(self, tasks: Sequence[str]) -> list[Any]:
-        """Rows for all steps; those of several tasks take turns."""
+        """Rows for all steps; steps of several tasks take turns, as their proxies do."""
         from gt_ray.learning.samples import encode
         from gt_ray.tasks import TASKS
 
@@ -177,4 +202,5 @@ class _Actor:
         for task in tasks:
             rows = self.study.data.rows(task, SPLIT, _positions(self.study, task))
             found.append(encode(self.tokenizer, TASKS[task], rows, length, f"public rows of {task}"))
-        return [found[i % len(found)][i] for i in range(len(found[0]))]
+        size = self.study.config.grad_transformer.refinement.rows
+        return [found[i // size % len(found)][i] for i in range(len(found[0]))]

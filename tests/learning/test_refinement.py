@@ -69,7 +69,7 @@ def test_refining_comes_nearer_to_the_teacher_and_leaves_its_input_alone(
     update_S, start = updates(make_root(TINYLM), 0, 0.2), updates(make_root(LLM), 1, 0.05)
     before, share_G = start.clone(), torch.tensor([1.0, 1.0])
     settings = RefinementSettings(steps=8, rows=6)
-    refined = refine(behaviour, start, update_S, share_G, lambda step: groups, settings)
+    refined = refine(behaviour, start, lambda step: (update_S, share_G), lambda step: groups, settings)
     assert torch.equal(start, before)
     first, last = (
         behaviour(now, groups, gradient=False, update_S_GLd=update_S, start=(start, share_G))[0]
@@ -81,7 +81,8 @@ def test_refining_comes_nearer_to_the_teacher_and_leaves_its_input_alone(
 def test_an_update_that_teaches_itself_stays_what_it_is(behaviour: Behaviour, groups: list[list[Sample]]) -> None:
     update_S, start = updates(make_root(TINYLM), 0), updates(make_root(LLM), 1)
     share_G = torch.zeros(2)
-    refined = refine(behaviour, start, update_S, share_G, lambda step: groups, RefinementSettings(steps=4, rows=6))
+    settings = RefinementSettings(steps=4, rows=6)
+    refined = refine(behaviour, start, lambda step: (update_S, share_G), lambda step: groups, settings)
     loss_G, _ = behaviour(refined, groups, gradient=False, update_S_GLd=update_S, start=(start, share_G))
     assert float(loss_G.max()) < 1e-3
 

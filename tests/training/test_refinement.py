@@ -12,7 +12,7 @@ import torch
 from gt_ray.config import Config
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
-from gt_ray.training.refinement import Generated, _made_by, _room, are_refined, refine_all
+from gt_ray.training.refinement import Generated, Proxy, _made_by, _room, are_refined, refine_all
 from gt_ray.updates.store import unit_key
 from tests.conftest import tiny_config
 
@@ -29,7 +29,7 @@ def generated(study: Study, task: str = "gsm8k", generator: str = "a", seed: int
     update_Ld, update_S_Ld = (
         torch.randn(one.L, one.d, generator=torch.Generator().manual_seed(seed)) for one in layouts
     )
-    return Generated((task,), generator, update_Ld, update_S_Ld, 0.5)
+    return Generated(generator, update_Ld, update_S_Ld, (Proxy(task, update_S_Ld, 0.5),))
 
 
 def key(study: Study, one: Generated) -> str:
@@ -55,6 +55,14 @@ def test_a_unit_is_of_all_that_it_was_made_from_and_of_nothing_else(study: Study
     assert key(changed(study, "pair.tinylm.dtype=float16"), one) != first
     for override in (f"{prefix}workers=2", f"{prefix}adapters=3", "data.tasks=[gsm8k]", "curation.shadows=14"):
         assert key(changed(study, override), one) == first, override
+
+
+def test_an_adapter_of_several_tasks_is_taught_by_each_tasks_own_clients_in_turns(study: Study) -> None:
+    one, other = generated(study), generated(study, "samsum", seed=1)
+    joint = replace(one, proxies=one.proxies + other.proxies)
+    assert [joint.proxy(step).task for step in range(4)] == ["gsm8k", "samsum"] * 2
+    turned = replace(one, proxies=(one.proxies[0], replace(other.proxies[0], update_S_Ld=one.update_S_Ld)))
+    assert len({key(study, each) for each in (one, joint, turned)}) == 3
 
 
 def test_nothing_is_refined_before_it_is(study: Study) -> None:
