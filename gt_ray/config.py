@@ -164,20 +164,55 @@ def preset_names() -> list[str]:
 def load_config(preset: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Load a preset by name, or a YAML file by path, and apply `key.path=value` overrides (values are YAML).
 
+    A preset may have a key `base`, the name of another one, or of several, that it is laid over.
+
     Raises:
         UserError: unknown preset, key or value; names the nearest known one.
     """
+    tree, path = _read(preset)
+    tree.setdefault("preset", path.stem)
+    return _overridden(tree, overrides, path)
+
+
+def _read(preset: str, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], Path]:
+    """A preset's tree and file; the tree is laid over those of the presets that its `base` names, the later over the
+    earlier ones.
+
+    Args:
+        above: the presets that lead here by their `base`.
+    """
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
     if not path.is_file():
-        raise UserError(f"unknown preset {preset!r}{_nearest(preset, preset_names())}")
+        of = f", the base of {above[-1]}" if above else ""
+        raise UserError(f"unknown preset {preset!r}{of}{_nearest(preset, preset_names())}")
+    if preset in above:
+        raise UserError(f"{path}: a preset is its own base: {' > '.join([*above, preset])}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of sections, not {type(tree).__name__}")
-    tree.setdefault("preset", path.stem)
-    return _overridden(tree, overrides, path)
+    bases = tree.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: base is the name of a preset, or a list of names, not {bases!r}")
+    whole: dict[str, Any] = {}
+    for base in bases:
+        below, _ = _read(base, (*above, preset))
+        below.pop("preset", None)
+        _lay_over(whole, below)
+    _lay_over(whole, tree)
+    return whole, path
+
+
+def _lay_over(below: dict[str, Any], tree: dict[str, Any]) -> None:
+    """Sections are merged key by key; anything else of the tree takes the place of what is below."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            _lay_over(below[key], value)
+        else:
+            below[key] = value
 
 
 def config_of_model(model: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:

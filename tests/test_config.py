@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from gt_ray.config import Config, config_of_model, known_keys, load_config, preset_names
 from gt_ray.errors import UserError
 
-REAL = {name for name in preset_names() if not name.startswith("embedded") and not name.endswith(("-xl", "-xxl"))}
+REAL = {name for name in preset_names() if name.startswith("qwen2.5-") and not name.endswith(("-xl", "-xxl"))}
 LARGER = {"7b": ("xl",), "14b": ("xl",), "32b": ("xl", "xxl")}
 
 
@@ -40,6 +41,37 @@ def test_the_pairs_of_tables_1_and_3_are_presets() -> None:
         pair = load_config(f"qwen2.5-{tinylm}-to-{llm}").pair
         for settings, size in ((pair.tinylm, tinylm), (pair.llm, llm)):
             assert settings.model.lower() == f"qwen/qwen2.5-{size}-instruct"
+
+
+def test_a_preset_lies_over_its_bases_section_by_section(tmp_path: Path) -> None:
+    small, mine = tmp_path / "small.yaml", tmp_path / "mine.yaml"
+    small.write_text("base: embedded\npreset: other\ncuration: {shadows: 60}\ndata: {tasks: [drop, gsm8k]}\n")
+    mine.write_text(f"base: [{small}, parts/baselines]\ncuration: {{samples: 99}}\ndata: {{tasks: [drop]}}\n")
+    config, embedded = load_config(str(mine), ["seed=3"]), load_config("embedded")
+    assert (config.preset, config.seed, config.data.tasks) == ("mine", 3, ("drop",))
+    assert (config.curation.shadows, config.curation.samples) == (60, 99)
+    assert config.curation.plan == embedded.curation.plan and config.pair == embedded.pair
+    assert "cross_lora" in config.evaluation.baselines and config.evaluation.test_rows == embedded.evaluation.test_rows
+    mine.write_text(config.to_yaml())  # what is saved is whole
+    assert load_config(str(mine)) == config and "\nbase:" not in config.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("embeded", r"unknown preset 'embeded', the base of .*mine\.yaml; did you mean 'embedded'"),
+        ("{pair: 1}", r"base is the name of a preset, or a list of names, not \{'pair': 1\}"),
+        ("[embedded, 3]", "base is the name of a preset"),
+        ("MINE", r"a preset is its own base: .*mine\.yaml > .*mine\.yaml"),
+    ],
+)
+def test_a_base_that_is_none_is_an_error(base: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"base: {base.replace('MINE', str(file))}\n")
+    with pytest.raises(UserError, match=message):
+        load_config(str(file))
+    with pytest.raises(UserError, match="unknown config key 'base'"):
+        load_config("embedded", ["base=embedded"])
 
 
 @pytest.mark.parametrize(
@@ -284,3 +316,24 @@ def test_the_pairs_of_a_study_of_several_are_the_same_in_each_of_its_joint_cells
     assert [len(config.pairs) for config in configs] == [1] * 4 + [4] * 4
     models = [sorted((one.tinylm.model, one.llm.model) for one in config.pairs) for config in configs[4:]]
     assert all(one == models[0] for one in models) and len(set(models[0])) == 4
+
+
+TRAINING_ROWS = {
+    "aqua_rat": 97467,
+    "gsm8k": 7473,
+    "commonsense_qa": 9741,
+    "drop": 77400,
+    "samsum": 14732,
+    "dialogsum": 12460,
+}
+"""Of the Hub data sets."""
+
+
+@pytest.mark.parametrize("preset", [name for name in preset_names() if not name.startswith("embedded")])
+def test_the_real_tasks_have_rows_for_a_validation_shadow(preset: str) -> None:
+    for cell in load_config(preset).cells or ("",):
+        config = load_config(preset, shlex.split(cell))
+        for task in config.data.tasks:
+            public = TRAINING_ROWS[task] * (1 - config.data.private_share)
+            held_out = 0.99 * public * config.data.validation_share  # some rows are twice there
+            assert min(held_out, public - held_out) >= config.curation.samples, f"{cell} {task}"
