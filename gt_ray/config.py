@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -60,6 +60,7 @@ __all__ = [
     "RefinementSettings",
     "Section",
     "StopSettings",
+    "TableName",
     "TrainingSettings",
     "VllmSettings",
     "WeakToStrongSettings",
@@ -70,6 +71,7 @@ __all__ = [
     "preset_names",
 ]
 
+TableName = Literal["table1", "table2", "table3", "table6", "figure7", "figure8"]
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -83,6 +85,9 @@ class Config(Section):
     store: str = Field("store", description="folder of the curated units, or s3://bucket/folder, gs://bucket/folder")
     cells: tuple[str, ...] = Field(
         (), description="overrides of each cell of `gt-ray study`, separated by spaces, where it is given none"
+    )
+    table: TableName | None = Field(
+        None, description="table or figure of the paper as which `gt-ray study` shows its cells (docs/paper-tables.md)"
     )
     pair: PairSettings
     further_pairs: tuple[PairSettings, ...] = Field(
