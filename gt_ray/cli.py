@@ -158,18 +158,36 @@ def study(
         typer.Option(help="Overrides of one cell, separated by spaces; repeat it for every cell. None: the preset's."),
     ] = None,
     overrides: Overrides = None,
-    name: Annotated[str, typer.Option(help="Study folder under `runs`.")] = "study",
+    name: Annotated[
+        str | None,
+        typer.Option(help="Study folder under `runs`; none: `study`, or a paper table's preset."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Run the main job once per cell, a list of overrides over a base preset; finished cells are skipped."""
     from gt_ray.studies.study import run_study
 
-    progress.quiet(quiet)
+    config = _config(preset, overrides, quiet)
+    name = name or (config.preset if config.table else "study")
     tree = run_study(preset, overrides or [], [shlex.split(text) for text in cell or []], name)
+    if "table" in tree:
+        table(config.runs / name)
     if "populations" in tree:
         from gt_ray.studies.report import print_populations
 
         print_populations(tree["populations"])
+
+
+@app.command(epilog="Example: `gt-ray table runs/embedded-table1`")
+def table(
+    folder: Annotated[Path, typer.Argument(metavar="STUDY", help="Folder of a study, such as `runs/table1`.")],
+) -> None:
+    """Print a study as the table of the paper that its preset names, as far as its cells are finished."""
+    from gt_ray.studies.paper import paper_table
+    from gt_ray.studies.sheets import print_sheets
+
+    found = paper_table(folder)
+    print_sheets(found.title, found.sheets, found.notes)
 
 
 @app.command(epilog="Example: `gt-ray plan --preset qwen2.5-0.5b-to-32b --gpus 8xH100`")

@@ -18,6 +18,7 @@ from transformers import DynamicCache, LogitsProcessor
 from gt_ray.config import PairSettings
 from gt_ray.errors import UserError
 from gt_ray.learning.stacked import add_updates, stacked
+from gt_ray.pairs.families import shape_of
 from gt_ray.pairs.models import load_tokenizer
 from gt_ray.pairs.root import Root
 
@@ -45,6 +46,16 @@ def require_shared_vocabulary(pair: PairSettings, key: str) -> None:
             f"{key} adds the logits of {pair.tinylm.model} and {pair.llm.model}, but their vocabularies differ; set it "
             "to 0"
         )
+
+
+def operations_ratio(pair: PairSettings) -> float:
+    """Operations of a token, over those of the LLM with an adapter: (T + 2 S) / T by the models' numbers of parameters.
+
+    Raises:
+        UserError: no config of a model is at hand.
+    """
+    S, T = (sum(p.numel() for p in shape_of(model.model).parameters()) for model in (pair.tinylm, pair.llm))
+    return float((T + 2 * S) / T)
 
 
 class Proxy:

@@ -225,7 +225,7 @@ def _timed(study: Study, stage: str) -> Iterator[None]:
     finally:
         walls = _walls(study)
         walls[stage] = walls.get(stage, 0.0) + time.perf_counter() - start
-        record = {"config": unit_key(study.config.model_dump(mode="json")), "wall_s": walls}
+        record = {"config": _settings_key(study), "wall_s": walls}
         write_atomically(study.config.run_folder / WALL, json.dumps(record).encode())
 
 
@@ -234,6 +234,9 @@ def _walls(study: Study) -> dict[str, float]:
         record = json.loads((study.config.run_folder / WALL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    same = record.get("config") == unit_key(study.config.model_dump(mode="json"))
-    walls: dict[str, float] = record["wall_s"] if same else {}
+    walls: dict[str, float] = record["wall_s"] if record.get("config") == _settings_key(study) else {}
     return walls
+
+
+def _settings_key(study: Study) -> str:
+    return unit_key(study.config.model_dump(mode="json", exclude={"table"}))  # which is how results are shown

@@ -23,6 +23,15 @@ INK = {  # matplotlib draws in these colours; the SVG then names the page's, whi
     "control": ("#a1b2c6", "var(--control)"),
     "worse": ("#a1b2c7", "var(--worse)"),
 }
+LIGHT = {
+    "line": "#d9dde1",
+    "base": "#c3c9d0",
+    "tuned": "#7f8a96",
+    "ours": "#1f6fd0",
+    "control": "#d19a3e",
+    "worse": "#c2453a",
+}
+"""The page's colours, for charts without a page."""
 ROLES = {"base_S": "base", "base_T": "base", "P_S": "tuned", "P_T": "tuned", "ours": "ours"}
 NORMAL_95 = 1.96
 LONGEST_LABEL = 28
@@ -96,25 +105,45 @@ def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], refer
     return _svg(title, draw, INCHES)
 
 
-def fans(title: str, labels: Sequence[str], lines: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
-    """Scores of systems over conditions: a light line for each client, a bold one for their mean (Figures 5 and 6).
+def fans(
+    title: str,
+    labels: Sequence[str],
+    lines: Mapping[str, Sequence[Sequence[float]]],
+    places: Sequence[float] | None = None,
+) -> Markup:
+    """Scores of systems over conditions: a light line for each client, a bold one for their mean (Figures 5 to 8).
 
     Args:
         labels: of the conditions.
         lines: of each system, a score for each condition for each client.
+        places: of the conditions, above 0, on a logarithmic axis that the title names; none: one after the other.
     """
+    xs = places or range(len(labels))
 
     def draw(axes: Any) -> None:
         for (system, clients), role in zip(lines.items(), ("tuned", "ours", "base", "control"), strict=False):
             for client in clients:
-                axes.plot(range(len(labels)), client, linewidth=0.8, alpha=0.35, color=_ink(role))
+                axes.plot(xs, client, linewidth=0.8, alpha=0.35, color=_ink(role))
             means = [sum(column) / len(column) for column in zip(*clients, strict=True)]
-            axes.plot(range(len(labels)), means, "o-", markersize=4, linewidth=2, color=_ink(role), label=system)
-        axes.set_xticks(range(len(labels)), labels=labels, rotation=30, ha="right")
+            axes.plot(xs, means, "o-", markersize=4, linewidth=2, color=_ink(role), label=system)
+        if places:
+            axes.set_xscale("log")
+            axes.minorticks_off()
+            axes.set_xlabel(title)
+        axes.set_xticks(xs, labels=labels, rotation=30, ha="right")
         axes.grid(color=_ink("line"), linewidth=0.7)
         axes.legend(frameon=False, labelcolor=_ink("text"))
 
     return _svg(title, draw, (INCHES[0], 3.2))
+
+
+def standalone(chart: Markup) -> str:
+    """A chart as a file of its own, with the names and the light colours that a page would give it."""
+    colours = "".join(f"--{name}:{colour};" for name, colour in LIGHT.items())
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    style = f"<style>svg{{{colours}background:#fcfcfb;color:#1d2126;font-family:sans-serif}}</style>"
+    start, end, rest = str(chart).replace("<svg ", f"<svg {names} ", 1).partition(">")
+    return f"{start}{end}{style}{rest}"
 
 
 def _ink(role: str) -> str:

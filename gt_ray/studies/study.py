@@ -12,6 +12,7 @@ from gt_ray.errors import UserError
 from gt_ray.evaluation.run import scores_of_report
 from gt_ray.evaluation.summary import by_population
 from gt_ray.progress import say
+from gt_ray.studies.paper import write_table
 from gt_ray.studies.pipeline import pipeline
 from gt_ray.updates.files import write_atomically
 from gt_ray.updates.store import unit_key
@@ -19,6 +20,8 @@ from gt_ray.updates.store import unit_key
 
 def run_study(preset: str, common: list[str], cells: list[list[str]], name: str) -> dict[str, Any]:
     """Run every cell; `runs/<name>/study.json` lists the cells with their overrides and reports.
+
+    Where the preset names a table of the paper, `table.md` beside it is that table.
 
     All configs are checked before the first cell starts. Cells share the store, so a unit that two need is made once.
 
@@ -51,6 +54,8 @@ def run_study(preset: str, common: list[str], cells: list[list[str]], name: str)
             }
         )
         tree: dict[str, Any] = {"name": name, "preset": preset, "overrides": common, "cells": entries}
+        if config.table:
+            tree["table"] = config.table
         write_atomically(folder / "study.json", json.dumps(tree, indent=1).encode())
     if len(cells) > 1 and all(override.startswith("seed=") for cell in cells for override in cell):
         reports = [_read(config.run_folder / "report.json") for config in configs]
@@ -65,6 +70,8 @@ def run_study(preset: str, common: list[str], cells: list[list[str]], name: str)
             if shares := [average["out_of_range"] for average in averages if "out_of_range" in average]:
                 summary["average"]["out_of_range"] = sum(shares) / len(shares)
         write_atomically(folder / "study.json", json.dumps(tree, indent=1).encode())
+    if "table" in tree:
+        write_table(folder)
     return tree
 
 
@@ -75,7 +82,7 @@ def _cell_config(preset: str, overrides: list[str], name: str) -> Config:
 
 
 def _content(config: Config) -> str:
-    return unit_key(config.model_dump(mode="json", exclude={"name", "runs", "cells"}))
+    return unit_key(config.model_dump(mode="json", exclude={"name", "runs", "cells", "table"}))
 
 
 def _finished(config: Config, content: str) -> dict[str, Any] | None:
