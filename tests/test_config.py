@@ -29,6 +29,11 @@ def test_presets_with_a_larger_phi_differ_in_phi_and_training_alone() -> None:
             assert training["strategy"].startswith("zero") and training["precision"] == "bf16"
 
 
+def test_the_presets_of_smollm2_split_a_task_alike_so_that_what_heals_the_tinylm_is_public_in_both() -> None:
+    full, small = (load_config(name).data.model_dump(exclude={"tasks"}) for name in ("smollm2", "smollm2-small"))
+    assert full == small and full["seed"] == 0
+
+
 @pytest.mark.parametrize("preset", preset_names())
 def test_every_preset_loads_and_carries_its_name(preset: str) -> None:
     assert load_config(preset).preset == preset

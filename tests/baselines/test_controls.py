@@ -121,6 +121,15 @@ def test_equal_or_single_shadows_predict_their_mean() -> None:
         torch.testing.assert_close(Ridge(shadows, 1.0)(CLIENT_P[None])[0], shadows.T_KLd.flatten(1).mean(0))
 
 
+def test_where_rows_name_no_domain_those_of_domains_are_the_mean_of_the_task() -> None:
+    sets = [shadow_set(K, seed) for K, seed in ((8, 0), (5, 1), (8, 0))]
+    for one in sets:
+        one.domains = [""] * len(one.domains)
+    for name in ("mean_update", "domain_mean", "domain_classifier"):
+        predicted = CONTROLS[name](Shadows(*sets, ROOT_P), CLIENT_P, "samsum")
+        torch.testing.assert_close(predicted, average([2, 4, 6]))
+
+
 def test_a_task_that_no_shadow_has_falls_back_on_all_shadows() -> None:
     torch.testing.assert_close(CONTROLS["mean_update"](SHADOWS, CLIENT_P, "gsm8k"), average(list(range(8))))
 

@@ -189,6 +189,9 @@ def test_files_without_domains_are_planned_by_task(tmp_path: Path) -> None:
     config = config_of("data.source=files", f"data.folder={tmp_path}", "data.tasks=[gsm8k]")
     shadows = plan_shadows(config, load_data(config))
     assert {(shadow.task, shadow.domain) for shadow in shadows} == {("gsm8k", "")}
+    for kind in ("iid", "mixtures"):  # no domain to draw first, none to mix
+        other = config_of("data.source=files", f"data.folder={tmp_path}", "data.tasks=[gsm8k]", f"curation.plan={kind}")
+        assert plan_shadows(other, load_data(other)) == shadows
 
 
 def test_every_other_shadow_mixes_two_domains_and_none_mixes_as_clients_do(data: TaskData) -> None:
