@@ -53,6 +53,7 @@ def test_the_first_cell_of_a_preset_of_real_models(
         f"data.tasks={json.dumps(tasks)}",
         f"pair.tinylm.model={tiny_pair[0]}",
         f"pair.llm.model={tiny_pair[1]}",
+        f"clients.per_task={min(2, config.clients.per_task)}",
         f"curation.tinylm_shadows={min(2, config.curation.tinylm_shadows)}",
         f"grad_transformer.training.behaviour.steps={min(1, behaviour.steps)}",
         f"grad_transformer.refinement.steps={min(1, refinement.steps)}",
