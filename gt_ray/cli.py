@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from gt_ray import progress
 from gt_ray.cli_audit import audit
 from gt_ray.cli_serving import client_app, tokens_app
+from gt_ray.cli_study import study, table
 from gt_ray.config import Config, load_config, preset_names
 from gt_ray.errors import UserError
 from gt_ray.updates.pooling import Pooling
@@ -148,46 +148,12 @@ def pipeline(preset: Preset = "embedded", overrides: Overrides = None, quiet: Qu
     _print(run_pipeline(_config(preset, overrides, quiet)))
 
 
-@app.command(
+app.command(
     epilog="Example: `gt-ray study --preset embedded --cell 'curation.shadows=60' --cell 'seed=1' --name sizes`"
-)
-def study(
-    preset: Preset = "embedded",
-    cell: Annotated[
-        list[str] | None,
-        typer.Option(help="Overrides of one cell, separated by spaces; repeat it for every cell. None: the preset's."),
-    ] = None,
-    overrides: Overrides = None,
-    name: Annotated[
-        str | None,
-        typer.Option(help="Study folder under `runs`; none: `study`, or a paper table's preset."),
-    ] = None,
-    quiet: Quiet = False,
-) -> None:
-    """Run the main job once per cell, a list of overrides over a base preset; finished cells are skipped."""
-    from gt_ray.studies.study import run_study
-
-    config = _config(preset, overrides, quiet)
-    name = name or (config.preset if config.table else "study")
-    tree = run_study(preset, overrides or [], [shlex.split(text) for text in cell or []], name)
-    if "table" in tree:
-        table(config.runs / name)
-    if "populations" in tree:
-        from gt_ray.studies.report import print_populations
-
-        print_populations(tree["populations"])
+)(study)
 
 
-@app.command(epilog="Example: `gt-ray table runs/embedded-table1`")
-def table(
-    folder: Annotated[Path, typer.Argument(metavar="STUDY", help="Folder of a study, such as `runs/table1`.")],
-) -> None:
-    """Print a study as the table of the paper that its preset names, as far as its cells are finished."""
-    from gt_ray.studies.paper import paper_table
-    from gt_ray.studies.sheets import print_sheets
-
-    found = paper_table(folder)
-    print_sheets(found.title, found.sheets, found.notes)
+app.command(epilog="Example: `gt-ray table runs/embedded-table1`")(table)
 
 
 @app.command(epilog="Example: `gt-ray plan --preset qwen2.5-0.5b-to-32b --gpus 8xH100`")

@@ -55,6 +55,13 @@ def room(num_cpus: float, num_gpus: float, nodes: Nodes) -> int:
     return sum(min(int(node.get(name, 0) / number) for name, number in needs.items()) for node in nodes)
 
 
+def device_name(device: str) -> str:
+    """A GPU's name, such as `NVIDIA H100 80GB HBM3`; of the CPU `cpu`."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
 def own_devices() -> list[str]:
     """The devices of the actor that asks: its GPUs, which are all that it sees, or the CPU."""
     import ray

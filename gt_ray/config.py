@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -86,6 +90,11 @@ class Config(Section):
     cells: tuple[str, ...] = Field(
         (), description="overrides of each cell of `gt-ray study`, separated by spaces, where it is given none"
     )
+    grid: dict[str, tuple[Any, ...]] = Field(
+        {},
+        description="values by key, such as {pair.tinylm.model: [a, b], seed: [0, 1]}: a cell of `gt-ray study` for "
+        "each combination, and for each of `cells` where there are some",
+    )
     table: TableName | None = Field(
         None, description="table or figure of the paper as which `gt-ray study` shows its cells (docs/paper-tables.md)"
     )
@@ -138,6 +147,20 @@ class Config(Section):
     def pairs(self) -> tuple[PairSettings, ...]:
         """The study's own pair, then the further ones."""
         return (self.pair, *(pair for pair in self.further_pairs if pair != self.pair))
+
+    def sweep(self, cells: Sequence[Sequence[str]] = ()) -> list[list[str]]:
+        """Overrides of each cell of a study: `cells`, or else those of the config, each with all of the grid.
+
+        Raises:
+            UserError: the grid has an unknown key, or a key without values.
+        """
+        for key, values in self.grid.items():
+            _check_key(key)
+            if not values:
+                raise UserError(f"grid.{key} has no values")
+        named = [list(cell) for cell in cells] or [shlex.split(cell) for cell in self.cells] or [[]]
+        axes = [[f"{key}={json.dumps(value)}" for value in values] for key, values in self.grid.items()]
+        return [[*cell, *point] for cell in named for point in itertools.product(*axes)]
 
     @property
     def run_folder(self) -> Path:

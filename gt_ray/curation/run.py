@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from typing import Any, Literal
 
 from gt_ray.cluster import connect, nodes, room
@@ -26,8 +27,13 @@ BLOCK = 64
 SHOWN_ERRORS = 5
 
 
-def run_fine_tunes(study: Study, jobs: Sequence[FineTuneJob], stage: str) -> int:
+def run_fine_tunes(
+    study: Study, jobs: Sequence[FineTuneJob], stage: str, made: Callable[[str], None] = lambda key: None
+) -> int:
     """Run those jobs whose unit the store lacks; finished units are kept whatever happens.
+
+    Args:
+        made: is told the key of each unit that was made; what it raises ends the run.
 
     Returns:
         How many were run.
@@ -44,11 +50,13 @@ def run_fine_tunes(study: Study, jobs: Sequence[FineTuneJob], stage: str) -> int
     study.store.check_writable()
     say(f"{stage}: {len(keys)} of {len(jobs)} units to fine-tune")
     errors: dict[str, str] = {}
-    with bar(stage, len(keys)) as progress:
-        for key, error in _stream(study, jobs, keys):
+    with bar(stage, len(keys)) as progress, closing(_stream(study, jobs, keys)) as stream:
+        for key, error in stream:
             if key in keys:
                 progress.advance()
                 errors[key] = error
+                if not error:
+                    made(key)
     failed = {key: error for key, error in errors.items() if error}
     if failed:
         reasons = sorted(set(failed.values()))
@@ -60,7 +68,7 @@ def run_fine_tunes(study: Study, jobs: Sequence[FineTuneJob], stage: str) -> int
     return len(keys)
 
 
-def _stream(study: Study, jobs: Sequence[FineTuneJob], keys: set[str]) -> Iterator[tuple[str, str]]:
+def _stream(study: Study, jobs: Sequence[FineTuneJob], keys: set[str]) -> Generator[tuple[str, str], None, None]:
     """Key and error of every job, as blocks finish."""
     ray = connect()
     import pyarrow as pa

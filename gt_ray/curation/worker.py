@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from gt_ray.cluster import own_devices
+from gt_ray.cluster import device_name, own_devices
 from gt_ray.config import FineTuneSettings
 from gt_ray.curation.jobs import HELD_OUT, Side, model_settings
 from gt_ray.curation.study import Study
@@ -145,6 +145,8 @@ class FineTuner:
                 result.losses,
                 (time.perf_counter() - start - writing_s) / len(jobs),
                 result.held_out,
+                device_name(self.devices[0]),
+                self.shared["num_gpus"] or 1,
             )
             done = time.perf_counter()
             self.study.store.write(job["key"], result.snapshots_JLd, meta)

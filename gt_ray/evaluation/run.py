@@ -23,6 +23,7 @@ from gt_ray.pairs.models import resolve
 from gt_ray.progress import bar, say
 from gt_ray.tasks import TASKS
 from gt_ray.tasks.data import Client, fingerprint
+from gt_ray.updates.files import write_atomically
 from gt_ray.updates.store import unit_key
 
 SCORER_VERSION = 2
@@ -71,7 +72,7 @@ def score(study: Study, work: Sequence[tuple[System, Client]]) -> list[ClientSco
     """Scores of systems on their clients' test rows, in the order of `work`."""
     out = study.config.run_folder / "scores"
     items = [_item(study, system, client) for system, client in work]
-    found = {item.key: read_scores(out / f"{item.key}.parquet") for item in items}
+    found = {item.key: read_scores(out / f"{item.key}.parquet") or _of_another_run(out, item.key) for item in items}
     # Equal systems (two controls that agree) share a file.
     missing = {item.key: item for item in items if found[item.key] is None}
     if not missing:
@@ -95,6 +96,15 @@ def score(study: Study, work: Sequence[tuple[System, Client]]) -> list[ClientSco
         results.append(ClientScores(client, system, rows, item.key))
     report_too_long([row for result in results for row in result.rows], study.config.evaluation.log_likelihood)
     return results
+
+
+def _of_another_run(out: Path, key: str) -> list[RowScore] | None:
+    """Scores that a run beside this one has, such as of the base models; they are this one's, too, from then on."""
+    for file in out.parent.parent.glob(f"*/scores/{key}.parquet"):
+        if (rows := read_scores(file)) is not None:
+            write_atomically(out / file.name, file.read_bytes())
+            return rows
+    return None
 
 
 def _engine(study: Study, system: System) -> Literal["vllm", "transformers"]:

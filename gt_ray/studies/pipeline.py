@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,15 @@ from gt_ray.grad_transformer.generate import generate_adapter
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.learning.mechanisms import statement
 from gt_ray.progress import say
+from gt_ray.studies.clock import devices_of_engines, devices_of_refinement, devices_of_training, timed, times
 from gt_ray.studies.systems import Pooled, finished_updates, generated_updates, pooled_updates, share_of_proxy, systems
 from gt_ray.studies.weak_to_strong import asked_for, run_baselines
 from gt_ray.tasks.data import Client
 from gt_ray.training.refinement import Generated, Proxy, are_refined, refine_all
-from gt_ray.training.run import load_trained, models, train
+from gt_ray.training.run import MODEL, load_trained, models, train
 from gt_ray.updates.files import read_adapter, write_atomically
 from gt_ray.updates.pooling import Pooling
-from gt_ray.updates.store import unit_key
 from gt_ray.updates.update_files import UpdateInfo, write_update
-
-WALL = "wall.json"
 
 
 def prepare(config: Config) -> Study:
@@ -53,15 +49,15 @@ def prepare(config: Config) -> Study:
 
 def curate_stage(study: Study) -> None:
     """Section 4.1: both models of every pair on every shadow; what two pairs need is there for the second."""
-    with _timed(study, "curate"):
+    with timed(study, "curate"):
         for one in (study, *study.further):
             run_fine_tunes(one, [*one.shadow_jobs("llm"), *one.shadow_jobs("tinylm")], "curate")
 
 
 def train_stage(study: Study) -> None:
     """Section 4.2."""
-    with _timed(study, "train"):
-        for name in models(study):
+    for name in models(study):
+        with timed(study, "train" if name == MODEL else "train_controls", devices_of_training):
             train(study, name)
 
 
@@ -69,7 +65,7 @@ def generate_stage(study: Study) -> None:
     """Section 4.3 for the simulated clients: private fine-tune, update file, generation, LLM adapter."""
     run = study.config.run_folder
     model = load_trained(study)
-    with _timed(study, "clients"):
+    with timed(study, "clients"):
         jobs = study.client_jobs("tinylm")
         run_fine_tunes(study, jobs, "clients")
         for client, job in zip(study.data.clients, jobs, strict=True):
@@ -78,7 +74,7 @@ def generate_stage(study: Study) -> None:
             told = fine_tune.model_dump(mode="json", exclude={"mechanism"})
             info = UpdateInfo(told, meta.samples, statement(fine_tune, meta.samples))
             write_update(update_file(run, client), snapshots_JLd[-1], study.roots["tinylm"], info)
-    with _timed(study, "generate"):
+    with timed(study, "generate", devices_of_refinement):
         refines = study.config.grad_transformer.refinement.steps > 0
         generated = generated_updates(study, model, pooled_updates(study, model)) if refines else {}
         refined = finished_updates(study, generated) if refines else {}
@@ -134,7 +130,7 @@ def generate_files(
 
 def baselines_stage(study: Study) -> None:
     """Appendix C.2: the LLM fine-tuned on labels of clients' weak models (w2s, conf, vissup)."""
-    with _timed(study, "baselines"):
+    with timed(study, "baselines", devices_of_engines):
         run_baselines(study)
 
 
@@ -143,13 +139,14 @@ def evaluate_stage(study: Study) -> dict[str, Any]:
     model = load_trained(study)
     pooled = pooled_updates(study, model)
     _check_adapters(study, model, pooled)
-    with _timed(study, "ceilings"):
+    with timed(study, "ceilings"):
         extra = study.public_jobs() if study.config.evaluation.controls else []
         # Those of single clients too where they are joint: their mean is not the fine-tune on the union.
-        run_fine_tunes(study, [*study.ceiling_jobs().values(), *study.client_jobs("llm"), *extra], "ceilings")
+        ceilings = [*study.ceiling_jobs().values(), *study.client_jobs("llm"), *extra]
+        run_fine_tunes(study, ceilings, "ceilings")
     if asked_for(study):
         baselines_stage(study)
-    with _timed(study, "evaluate"):
+    with timed(study, "evaluate", devices_of_engines):
         results = score(study, systems(study, model, pooled))
     config, known, populations = study.config, certainty(model, pooled), by_population(results)
     for name, summary in populations.items():
@@ -159,7 +156,7 @@ def evaluate_stage(study: Study) -> dict[str, Any]:
         "preset": config.preset,
         "seed": config.seed,
         "pair": {side: {"model": root.base_model, "root": root.hash} for side, root in study.roots.items()},
-        "wall_s": _walls(study),
+        **times(study, ceilings),
         "rows": report_rows(results, config.seed),
         "summary": summarise(results),
         "populations": populations,
@@ -214,29 +211,3 @@ def pipeline(config: Config) -> dict[str, Any]:
 def update_file(run: Path, client: Client) -> Path:
     """Where a simulated client's update file lies."""
     return run / "clients" / f"{client.name}.safetensors"
-
-
-@contextmanager
-def _timed(study: Study, stage: str) -> Iterator[None]:
-    """Add a stage's wall time to what earlier, interrupted runs of the same study took."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        walls = _walls(study)
-        walls[stage] = walls.get(stage, 0.0) + time.perf_counter() - start
-        record = {"config": _settings_key(study), "wall_s": walls}
-        write_atomically(study.config.run_folder / WALL, json.dumps(record).encode())
-
-
-def _walls(study: Study) -> dict[str, float]:
-    try:
-        record = json.loads((study.config.run_folder / WALL).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    walls: dict[str, float] = record["wall_s"] if record.get("config") == _settings_key(study) else {}
-    return walls
-
-
-def _settings_key(study: Study) -> str:
-    return unit_key(study.config.model_dump(mode="json", exclude={"table"}))  # which is how results are shown

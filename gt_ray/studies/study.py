@@ -1,78 +1,221 @@
-"""Studies: one main job per cell, a list of overrides over a base preset; resumable cell by cell."""
+"""Studies: one main job per cell, a list of overrides over a base preset; shared work is done once (graph.py)."""
 
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 from gt_ray.config import Config, load_config
+from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.evaluation.run import scores_of_report
 from gt_ray.evaluation.summary import by_population
 from gt_ray.progress import say
+from gt_ray.studies.graph import Node, Outcome, fine_tunes_of, graph_of, needed, places, plain_scores, run_graph
 from gt_ray.studies.paper import write_table
-from gt_ray.studies.pipeline import pipeline
 from gt_ray.updates.files import write_atomically
-from gt_ray.updates.store import unit_key
+from gt_ray.updates.store import UpdateStore, unit_key
+
+FOUND = "found.json"
+OF_UNITS = ("curate", "clients", "ceilings")
+"""Stages of a cell whose device time its units have."""
 
 
-def run_study(preset: str, common: list[str], cells: list[list[str]], name: str) -> dict[str, Any]:
-    """Run every cell; `runs/<name>/study.json` lists the cells with their overrides and reports.
+class Sweep:
+    """The cells of a study, and what its folder knows of them.
 
-    Where the preset names a table of the paper, `table.md` beside it is that table.
-
-    All configs are checked before the first cell starts. Cells share the store, so a unit that two need is made once.
+    All configs, models and rows are checked before any work starts.
 
     Args:
-        cells: none: those of the preset. Where they differ in their seed alone, `populations` sums up all of them.
+        cells: none: those of the preset.
 
     Raises:
         UserError: a config is wrong, or two cells are the same.
     """
-    cells = cells or [shlex.split(cell) for cell in load_config(preset, common).cells] or [[]]
-    configs = [_cell_config(preset, [*common, *cell], name) for cell in cells]
-    hashes = [_content(config) for config in configs]
-    if len(set(hashes)) < len(hashes):
-        raise UserError(f"study {name}: two cells are the same: {[' '.join(cell) for cell in cells]}")
-    folder = configs[0].run_folder.parent
-    entries: list[dict[str, Any]] = []
-    for number, (cell, config, content) in enumerate(zip(cells, configs, hashes, strict=True)):
-        report = _finished(config, content)
-        if report is None:
-            say(f"study {name}: cell {number + 1} of {len(cells)}: {' '.join(cell) or 'the preset as it is'}")
-            report = pipeline(config)
-            write_atomically(config.run_folder / "done.json", json.dumps({"config": content}).encode())
-        else:
-            say(f"study {name}: cell {number + 1} of {len(cells)} is done")
-        entries.append(
-            {
-                "overrides": cell,
-                "report": f"{config.run_folder.name}/report.json",
-                "summary": report["summary"],
-            }
-        )
-        tree: dict[str, Any] = {"name": name, "preset": preset, "overrides": common, "cells": entries}
-        if config.table:
-            tree["table"] = config.table
-        write_atomically(folder / "study.json", json.dumps(tree, indent=1).encode())
-    if len(cells) > 1 and all(override.startswith("seed=") for cell in cells for override in cell):
-        reports = [_read(config.run_folder / "report.json") for config in configs]
-        results = [
-            result
-            for config, report in zip(configs, reports, strict=True)
-            for result in scores_of_report(config.run_folder, report)
-        ]
-        tree["populations"] = by_population(results)
-        for population, summary in tree["populations"].items():
-            averages = [report["populations"][population]["average"] for report in reports]
-            if shares := [average["out_of_range"] for average in averages if "out_of_range" in average]:
-                summary["average"]["out_of_range"] = sum(shares) / len(shares)
-        write_atomically(folder / "study.json", json.dumps(tree, indent=1).encode())
-    if "table" in tree:
-        write_table(folder)
+
+    def __init__(self, preset: str, common: list[str], cells: list[list[str]], name: str) -> None:
+        self.preset, self.common, self.name = preset, common, name
+        self.cells = load_config(preset, common).sweep(cells)
+        self.configs = cell_configs(preset, common, self.cells, name)
+        self.contents = [_content(config) for config in self.configs]
+        self.folder = self.configs[0].run_folder.parent
+        self.studies = [Study.load(config) for config in self.configs]
+        self.jobs = [{job.key: job for job in fine_tunes_of(study)} for study in self.studies]
+        self.graph = graph_of(self.configs, self.jobs)
+        known = (_finished(*both) for both in zip(self.configs, self.contents, strict=True))
+        self.reports = {number: report for number, report in enumerate(known) if report is not None}
+        self.errors: dict[int, str] = {}
+        self.walls: dict[str, float] = {}
+        self._spent: dict[str, float] = {}
+
+    def left(self, side_by_side: bool = False) -> list[Node]:
+        """What is still to be done."""
+        scores = [plain_scores(study) for study in self.studies] if side_by_side else []
+        return needed(graph_of(self.configs, self.jobs, scores), self.reports)
+
+    def done(self, node: Node, outcome: Outcome) -> None:
+        """Take note of a node, and write `study.json`."""
+        self.walls[node.name] = outcome.wall_s
+        if node.kind == "cell" and outcome.report:
+            self.reports[node.cell] = outcome.report
+            content = json.dumps({"config": self.contents[node.cell]})
+            write_atomically(node.config.run_folder / "done.json", content.encode())
+            say(f"study {self.name}: {self.title(node.cell)} is done")
+        elif node.kind == "cell":
+            self.errors[node.cell] = outcome.error
+        if outcome.error and not outcome.spent:
+            say(f"study {self.name}: {node.name} failed: {outcome.error}")
+        self.write(self.tree())
+
+    def title(self, number: int) -> str:
+        """A cell for people."""
+        cell = " ".join(self.cells[number]) or "the preset as it is"
+        return f"cell {number + 1} of {len(self.cells)}: {cell}"
+
+    def device_s(self) -> float:
+        """Device-seconds that the study has spent, over all its runs: of units that the store did not have before, and
+        of finished cells. What else a cell that was cut off did is not known."""
+        if not self._spent:
+            self._spent = dict.fromkeys(self._had(), 0.0)
+        for node in self.graph:
+            new = [key for key in node.keys if key not in self._spent]
+            found = unit_device_s(UpdateStore(node.config.store), new)
+            self._spent |= {key: seconds for key, seconds in found.items() if seconds is not None}
+        stages: list[dict[str, float]] = [report.get("device_s", {}) for report in self.reports.values()]
+        return sum(self._spent.values()) + sum(s for one in stages for name, s in one.items() if name not in OF_UNITS)
+
+    def _had(self) -> list[str]:
+        """Units that were in the store when the study began."""
+        if isinstance(had := _read(self.folder / FOUND), list):
+            return had
+        stores = [(UpdateStore(node.config.store), node.keys) for node in self.graph]
+        had = [key for store, keys in stores for key, s in unit_device_s(store, keys).items() if s is not None]
+        write_atomically(self.folder / FOUND, json.dumps(had).encode())
+        return had
+
+    def tree(self) -> dict[str, Any]:
+        """`study.json`: finished cells with their overrides and reports, those that failed and those that wait."""
+        waiting = [cell for n, cell in enumerate(self.cells) if n not in self.reports and n not in self.errors]
+        failed = [{"overrides": self.cells[n], "error": error} for n, error in sorted(self.errors.items())]
+        return {
+            "name": self.name,
+            "preset": self.preset,
+            "overrides": self.common,
+            "cells": [
+                {
+                    "overrides": self.cells[number],
+                    "report": f"{self.configs[number].run_folder.name}/report.json",
+                    "summary": report["summary"],
+                }
+                for number, report in sorted(self.reports.items())
+            ],
+            **({"failed": failed} if failed else {}),
+            **({"waiting": waiting} if waiting else {}),
+            "wall_s": self.walls,
+            "device_hours": self.device_s() / 3600,
+            **({"table": self.configs[0].table} if self.configs[0].table else {}),
+        }
+
+    def write(self, tree: dict[str, Any]) -> None:
+        """Write `study.json`."""
+        write_atomically(self.folder / "study.json", json.dumps(tree, indent=1).encode())
+
+
+def run_study(
+    preset: str,
+    common: list[str],
+    cells: list[list[str]],
+    name: str,
+    parallel: int | None = None,
+    max_device_hours: float | None = None,
+) -> dict[str, Any]:
+    """Run every cell; `runs/<name>/study.json` lists the cells with their overrides and reports.
+
+    Where the preset names a table of the paper, `table.md` beside it is that table.
+
+    Cells share the store, so a unit that two need is made once. A cell that fails keeps no other from running.
+
+    Args:
+        cells: none: those of the preset. Where they differ in their seed alone, `populations` sums up all of them.
+        parallel: cells that run at a time; none: as many as the cluster has room for.
+        max_device_hours: of GPUs, or without GPUs of cores; where they are spent, no further work is started.
+
+    Raises:
+        UserError: a config is wrong, or two cells are the same; or, at the end, cells have failed or wait for a larger
+            budget.
+    """
+    sweep = Sweep(preset, common, cells, name)
+    sweep.device_s()  # notes what the store has before anything is added
+    if len(sweep.reports) < len(sweep.cells):
+        parallel = parallel or (places(sweep.configs) if len(sweep.cells) > 1 else 1)
+
+        def left_s() -> float | None:
+            return None if max_device_hours is None else 3600 * max_device_hours - sweep.device_s()
+
+        for node, outcome in run_graph(sweep.left(parallel > 1), parallel, left_s):
+            sweep.done(node, outcome)
+    tree = sweep.tree()
+    if len(cells := sweep.cells) == len(sweep.reports) > 1 and all(key.startswith("seed=") for c in cells for key in c):
+        tree["populations"] = _over_seeds(sweep)
+    sweep.write(tree)
+    if "table" in tree and tree["cells"]:
+        write_table(sweep.folder)
+    _complain(tree, sweep, max_device_hours)
     return tree
+
+
+def _complain(tree: dict[str, Any], sweep: Sweep, budget: float | None) -> None:
+    """Say why a study is not finished, and how it goes on.
+
+    Raises:
+        UserError: it is not.
+    """
+    n = len(sweep.cells)
+    if failed := tree.get("failed"):
+        reasons = [f"{sweep.title(number)}: {why}" for number, why in sorted(sweep.errors.items())]
+        others = "the others wait" if "waiting" in tree else "the others are done"
+        raise UserError(f"study {sweep.name}: {len(failed)} of {n} cells failed, {others}: {'; '.join(reasons)}")
+    if waiting := tree.get("waiting"):
+        raise UserError(
+            f"study {sweep.name}: {tree['device_hours']:.2f} GPU-hours are spent, the budget is {budget:g}; "
+            f"{len(waiting)} of {n} cells wait: give the same command a larger --max-gpu-hours to go on"
+        )
+
+
+def _over_seeds(sweep: Sweep) -> dict[str, Any]:
+    """Populations over all cells, which differ in their seed alone."""
+    both = [(config.run_folder, sweep.reports[number]) for number, config in enumerate(sweep.configs)]
+    found = by_population([result for run, report in both for result in scores_of_report(run, report)])
+    for population, summary in found.items():
+        averages = [report["populations"][population]["average"] for _, report in both]
+        if shares := [average["out_of_range"] for average in averages if "out_of_range" in average]:
+            summary["average"]["out_of_range"] = sum(shares) / len(shares)
+    return found
+
+
+def unit_device_s(store: UpdateStore, keys: list[str] | tuple[str, ...]) -> dict[str, float | None]:
+    """Device-seconds by unit, None where it is absent or damaged."""
+
+    def look(key: str) -> float | None:
+        try:
+            return store.header(key).meta.device_s
+        except (OSError, ValueError):
+            return None
+
+    return dict(store.each(look, keys))
+
+
+def cell_configs(preset: str, common: list[str], cells: list[list[str]], name: str) -> list[Config]:
+    """The configs of a study's cells, given all overrides of each.
+
+    Raises:
+        UserError: a config is wrong, or two are the same.
+    """
+    configs = [_cell_config(preset, [*common, *cell], name) for cell in cells]
+    if len({config.name for config in configs}) < len(configs):
+        raise UserError(f"study {name}: two cells are the same: {[' '.join(cell) for cell in cells]}")
+    return configs
 
 
 def _cell_config(preset: str, overrides: list[str], name: str) -> Config:
@@ -82,17 +225,17 @@ def _cell_config(preset: str, overrides: list[str], name: str) -> Config:
 
 
 def _content(config: Config) -> str:
-    return unit_key(config.model_dump(mode="json", exclude={"name", "runs", "cells", "table"}))
+    return unit_key(config.model_dump(mode="json", exclude={"name", "runs", "cells", "grid", "table"}))
 
 
 def _finished(config: Config, content: str) -> dict[str, Any] | None:
+    done, report = (_read(config.run_folder / name) for name in ("done.json", "report.json"))
+    return report if isinstance(report, dict) and isinstance(done, dict) and done.get("config") == content else None
+
+
+def _read(path: Path) -> Any:
+    """What a JSON file holds; None where it is absent or damaged."""
     try:
-        done, report = (_read(config.run_folder / name) for name in ("done.json", "report.json"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return report if done.get("config") == content else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content

@@ -60,19 +60,16 @@ def systems(study: Study, model: GradTransformer, pooled: Mapping[str, Pooled]) 
         proxy = False
     carry = _cross_lora(study)
     own = dict(zip([client.name for client in study.data.clients], study.client_jobs("llm"), strict=True))
-    ceilings = study.ceiling_jobs()
+    plain = plain_systems(study)
     strong = strong_jobs(study)
     work = []
     for name, one in pooled.items():
         z_S_P = model.standard_S(one.update_Ld).flatten()
         adapter_Ld = read_adapter(run / "adapters" / name, llm)
         carried_Ld = carry(one.update_Ld) if carry else None
-        for number, client in enumerate(one.group.members):
-            found = [
-                System("P_S", "tinylm", one.updates_NLd[number]),
-                System("base_S", "tinylm"),
-                System("P_T", "llm", store.read(ceilings[client.name].key)[0][-1]),
-                System("base_T", "llm"),
+        for client in one.group.members:
+            found = [load_plain(study, system, plain[client.name][system]) for system in plain[client.name]]
+            found += [
                 System("ours", "llm", adapter_Ld),
                 *(System(variant, "llm", updates[client.name]) for variant, updates in variants.items()),
             ]
@@ -100,6 +97,26 @@ def systems(study: Study, model: GradTransformer, pooled: Mapping[str, Pooled]) 
                 found.append(System(f"{LINEAR}_refined", "llm", of_linear_refined[name]))
             work += [(system, client) for system in found]
     return work
+
+
+def plain_systems(study: Study) -> dict[str, dict[str, tuple[Side, str | None]]]:
+    """By client, what is scored whatever the Grad-Transformer is: model, and unit of its fine-tune if it has one."""
+    own, ceilings = study.client_jobs("tinylm"), study.ceiling_jobs()
+    return {
+        client.name: {
+            "P_S": ("tinylm", job.key),
+            "base_S": ("tinylm", None),
+            "P_T": ("llm", ceilings[client.name].key),
+            "base_T": ("llm", None),
+        }
+        for client, job in zip(study.data.clients, own, strict=True)
+    }
+
+
+def load_plain(study: Study, name: str, made_of: tuple[Side, str | None]) -> System:
+    """One of the `plain_systems`, with the update of its unit."""
+    side, key = made_of
+    return System(name, side, study.store.read(key)[0][-1] if key else None)
 
 
 def _cross_lora(study: Study) -> CrossLora | None:

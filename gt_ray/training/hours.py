@@ -96,7 +96,7 @@ class Hours:
     def _spread(self, seconds: float, how: str) -> Stage:
         return Stage(seconds / 3600, seconds / 3600 / self.plan.machines.count, how)
 
-    def _fine_tune_s(self, model: ModelSettings) -> float:
+    def fine_tune_s(self, model: ModelSettings) -> float:
         """GPU-seconds of one fine-tune."""
         tokens = model.fine_tune.steps * model.fine_tune.batch_size * min(self.rates.tokens, model.fine_tune.max_length)
         computing = tokens * operations(model) / (self.rates.share(needs(model).parameters) * self.peak)
@@ -105,7 +105,7 @@ class Hours:
     def _curation(self) -> list[tuple[str, Stage]]:
         found = []
         for model, units in unit_counts(self.config).items():
-            each, share = self._fine_tune_s(model), self.rates.share(needs(model).parameters)
+            each, share = self.fine_tune_s(model), self.rates.share(needs(model).parameters)
             gpus = gpus_of_a_worker(model, self.plan.machines)
             how = f"{units} fine-tunes of {each / 3600:.2f} h at {share:.3f} of the matrix peak"
             how += f", each on {gpus:g} GPUs in turns" if gpus > 1 else ""
@@ -149,7 +149,7 @@ class Hours:
     def _clients(self) -> Stage:
         pair, tasks = self.config.pair, len(self.config.data.tasks)
         clients, public = clients_of(self.config), tasks if self.config.evaluation.controls else 0
-        seconds = clients * self._fine_tune_s(pair.tinylm) + (clients + public) * self._fine_tune_s(pair.llm)
+        seconds = clients * self.fine_tune_s(pair.tinylm) + (clients + public) * self.fine_tune_s(pair.llm)
         how = f"{clients} clients with both models (P_S, P_T), {public} of the LLM on public rows"
         return self._spread(seconds, how)
 

@@ -26,6 +26,8 @@ from gt_ray.updates.snapshots import RUN, decode, encode
 FORMAT = "gt-ray-unit/1"
 UNSIGNED = "0" * 64
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I8": np.dtype("i1")}
+LATER = ("device", "devices")
+"""Fields that the first units did not have."""
 LARGEST_HEADER = 8 * 2**20
 """Bytes; a longer header is damage, and is not worth reading."""
 
@@ -39,7 +41,10 @@ class UnitMeta:
         made_by: everything that determines the unit (the content of its key).
         snapshot_steps: optimizer steps from the end of each snapshot [J], largest first.
         losses: training loss of every optimizer step, in float32.
+        wall_s: of its group of fine-tunes, divided among them.
         held_out: (optimizer steps done, held-out loss), where it decided when to stop.
+        device: the GPU's name, or `cpu`; empty in units that do not say so.
+        devices: GPUs that the group held, a share of one where several groups were on it; without a GPU 1, a core.
     """
 
     root: str
@@ -49,6 +54,13 @@ class UnitMeta:
     losses: Sequence[float] = ()
     wall_s: float = 0.0
     held_out: list[list[float]] = field(default_factory=list)
+    device: str = ""
+    devices: float = 1.0
+
+    @property
+    def device_s(self) -> float:
+        """Device-seconds that it took: of a GPU, or without one of a core."""
+        return self.wall_s * self.devices
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,8 @@ class Header:
                 if last - first != prod(shape) * dtype.itemsize:
                     raise ValueError(f"tensor {name} has another size than shape")
                 tensors[name], end = (dtype, shape, first), max(end, last)
-            stored = {f.name: json.loads(metadata[f.name]) for f in fields(UnitMeta) if f.name != "losses"}
+            names = [f.name for f in fields(UnitMeta) if f.name != "losses"]
+            stored = {n: json.loads(metadata[n]) for n in names if n in metadata or n not in LATER}
             header = cls(head, tensors, UnitMeta(**stored), metadata["sha256"], end)
             J, L, d = header.shape
             R = -(-L * d // RUN)

@@ -1,0 +1,167 @@
+"""A study as a graph: shared work once, cells that fail, budgets, cells side by side, plans."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gt_ray.config import load_config
+from gt_ray.errors import UserError
+from gt_ray.studies.graph import BUDGET, Outcome, graph_of, needed, run_graph
+from gt_ray.studies.study import Sweep, run_study
+from gt_ray.studies.study_plan import plan_configs, plan_sweep
+from tests.conftest import TINY_OVERRIDES
+
+CONFIG = load_config("embedded")
+
+
+@pytest.fixture
+def common(tiny_pair: tuple[Path, Path], tmp_path: Path) -> list[str]:
+    """Overrides of a study of seconds."""
+    pair = [f"pair.tinylm.model={tiny_pair[0]}", f"pair.llm.model={tiny_pair[1]}"]
+    places = [f"runs={tmp_path / 'runs'}", f"store={tmp_path / 'store'}"]
+    return [*TINY_OVERRIDES, *pair, *places, "evaluation.controls=false", "evaluation.log_likelihood=false"]
+
+
+def test_what_two_cells_need_is_of_the_first_and_both_wait_for_it() -> None:
+    graph = graph_of([CONFIG] * 3, [["a", "b"], ["b", "c"], ["a", "c"]])
+    found = {node.name: (node.keys, node.needs) for node in graph}
+    assert found == {
+        "fine-tunes of cell 1": (("a", "b"), ()),
+        "fine-tunes of cell 2": (("c",), ()),
+        "cell 1": ((), ("fine-tunes of cell 1",)),
+        "cell 2": ((), ("fine-tunes of cell 1", "fine-tunes of cell 2")),
+        "cell 3": ((), ("fine-tunes of cell 1", "fine-tunes of cell 2")),
+    }
+    names = [node.name for node in graph]
+    assert all(names.index(need) < names.index(node.name) for node in graph for need in node.needs)
+
+
+def test_side_by_side_cells_wait_for_scores_that_come_behind_their_fine_tunes() -> None:
+    graph = graph_of([CONFIG] * 2, [["a"], ["a", "b"]], [["base"], ["base", "own"]])
+    found = {node.name: (node.keys, node.needs) for node in graph}
+    assert found["scores of cell 1"] == (("base",), ("fine-tunes of cell 1",))
+    assert found["scores of cell 2"] == (("own",), ("fine-tunes of cell 1", "fine-tunes of cell 2"))
+    assert set(found["cell 2"][1]) >= {"scores of cell 1", "scores of cell 2"}
+
+
+def test_of_finished_cells_only_what_others_need_is_left() -> None:
+    graph = graph_of([CONFIG] * 3, [["a"], ["a", "b"], ["c"]], [["x"], ["y"], ["z"]])
+    left = [node.name for node in needed(graph, {0, 2})]
+    assert left == ["fine-tunes of cell 1", "fine-tunes of cell 2", "scores of cell 2", "cell 2"]
+    assert needed(graph, {0, 1, 2}) == []
+
+
+def test_a_grid_is_every_combination_behind_every_cell() -> None:
+    config = load_config("embedded", ["grid={curation.shadows: [60, 120], pair.llm.model: [a, b]}"])
+    points = [[f"curation.shadows={k}", f'pair.llm.model="{llm}"'] for k in (60, 120) for llm in "ab"]
+    assert config.sweep() == points
+    assert config.sweep([["seed=1"], ["seed=2"]]) == [[f"seed={s}", *point] for s in (1, 2) for point in points]
+    assert load_config("embedded", [*points[3]]).pair.llm.model == "b"
+    assert load_config("embedded").sweep() == [[]]
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [("{curation.shadow: [1]}", "unknown config key 'curation.shadow'; did you mean"), ("{seed: []}", "has no values")],
+)
+def test_a_grid_that_is_none_is_refused(grid: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config("embedded", [f"grid={grid}"]).sweep()
+
+
+def test_nothing_is_started_where_no_budget_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gt_ray.studies.graph.run_node", lambda node, left_s: Outcome(1.0))
+    left = iter([2.0, 1.0, 0.0])
+    ran = [node.name for node, _ in run_graph(graph_of([CONFIG] * 3, [["a"], [], []]), 1, lambda: next(left))]
+    assert ran == ["fine-tunes of cell 1", "cell 1"]
+
+
+def test_a_plan_from_configs_alone_counts_shared_fine_tunes_once() -> None:
+    small = ["grad_transformer.phi.layers=1", "curation.shadows=10", "curation.tinylm_shadows=4", "clients.per_task=2"]
+    models = ["Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"]
+    llm = "pair.llm.model=Qwen/Qwen2.5-3B-Instruct"
+    configs = [load_config("embedded", [*small, llm, f"pair.tinylm.model={one}"]) for one in models]
+    first, second, *cells = plan_configs(configs, "8xH100")
+    tasks = len(configs[0].data.tasks)
+    tinylm, large = 14 + 2 * tasks, 10 + 2 * tasks + tasks
+    assert first.fine_tunes == (tinylm + large,) * 2 and second.fine_tunes == (tinylm,) * 2
+    assert [line.after for line in cells] == ["fine-tunes of cell 1", "fine-tunes of cell 2, fine-tunes of cell 1"]
+    assert first.gpu_hours and second.gpu_hours and first.gpu_hours > second.gpu_hours > 0
+    assert first.wall_hours == pytest.approx(first.gpu_hours / 8)
+    assert all(line.measured is None for line in (first, second, *cells))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_study_that_fails_stops_and_goes_on(
+    common: list[str], ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One study through a budget that is too small, a cell that fails, and its end."""
+    cells = [[], ["grad_transformer.training.batch_size=64"], ["grad_transformer.training.epochs=2"]]
+
+    def run(**options: Any) -> dict[str, Any]:
+        return run_study("embedded", common, cells, "sweep", parallel=1, **options)
+
+    folder = Path(Sweep("embedded", common, cells, "sweep").folder)
+    with pytest.raises(UserError, match=r"the budget is 1e-09; 3 of 3 cells wait"):
+        run(max_device_hours=1e-9)
+    tree = json.loads((folder / "study.json").read_text())
+    assert not tree["cells"] and tree["waiting"] == cells and tree["device_hours"] > 0
+    assert "failed" not in tree
+    before = Sweep("embedded", common, cells, "sweep")
+    (plan, *others) = plan_sweep(before, "8xH100")
+    assert plan.fine_tunes and 0 < plan.fine_tunes[0] < plan.fine_tunes[1]
+    assert others[0].measured is None
+
+    with pytest.raises(
+        UserError, match=r"1 of 3 cells failed, the others are done: cell 2 of 3: .*fewer than one batch"
+    ):
+        run()
+    tree = json.loads((folder / "study.json").read_text())
+    assert [cell["overrides"] for cell in tree["cells"]] == [cells[0], cells[2]]
+    assert [cell["overrides"] for cell in tree["failed"]] == [cells[1]] and "waiting" not in tree
+    reports = [json.loads((folder / cell["report"]).read_text()) for cell in tree["cells"]]
+    assert all(report["wall_s"]["curate"] < 5 for report in reports)  # was done before, and once
+    spent = tree["device_hours"]
+    stages = ("train", "generate", "evaluate")
+    of_cells = sum(report["device_s"][stage] for report in reports for stage in stages)
+    units = reports[0]["device_s"]
+    shared = sum(units[stage] for stage in ("curate", "clients", "ceilings"))
+    assert math.isclose(3600 * spent, of_cells + shared, rel_tol=1e-6)
+
+    capsys.readouterr()
+    with pytest.raises(UserError, match="1 of 3 cells failed"):
+        run()
+    said = capsys.readouterr().err
+    assert "cell 1 of 3" not in said and "to score" not in said
+    assert math.isclose(json.loads((folder / "study.json").read_text())["device_hours"], spent, rel_tol=1e-9)
+    # The base models were scored by the first cell alone.
+    both = [{row["scores"] for row in report["rows"] if row["system"].startswith("base")} for report in reports]
+    assert both[0] == both[1]
+    with pytest.raises(UserError, match="two cells are the same"):
+        run_study("embedded", common, [[], []], "same")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_cells_side_by_side_give_what_they_give_one_after_the_other(
+    common: list[str], ray_cluster: None, tmp_path: Path
+) -> None:
+    cells = [[], ["grad_transformer.training.epochs=2"]]
+    one = run_study("embedded", common, cells, "one", parallel=1)
+    two = run_study("embedded", [*common, f"store={tmp_path / 'other'}"], cells, "two", parallel=2)
+    assert [cell["summary"] for cell in two["cells"]] == [cell["summary"] for cell in one["cells"]]
+    shared = list((tmp_path / "runs" / "two" / ".shared" / "scores").glob("*.parquet"))
+    assert len(shared) == 2 * 4  # of two clients base_S, base_T, P_S, P_T
+    assert set(two["wall_s"]) == {"fine-tunes of cell 1", "scores of cell 1", "cell 1", "cell 2"}
+
+
+def test_an_outcome_knows_its_budget() -> None:
+    assert Outcome(1.0, error=BUDGET).spent and not Outcome(1.0, error="no").spent
