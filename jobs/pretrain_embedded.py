@@ -4,7 +4,7 @@
     python jobs/pretrain_embedded.py tinylm
     python jobs/pretrain_embedded.py llm
 
-Two further ones, `tinylm-deep` and `llm-wide`, are for studies of several pairs.
+Three further ones, `tinylm-deep`, `tinylm-wide` and `llm-wide`, are for studies of several pairs.
 
 The models learn to obey house rules that the system message names (`gt_ray.tasks.embedded.AXES`). Fine-tuning data
 leaves the rules open, as the chat template's default system message does, so a base model can only guess among the
@@ -52,6 +52,7 @@ SIZES = {
     # hidden, layers, heads, intermediate, steps, learning rate
     "tinylm": (64, 2, 2, 192, 3500, 3e-3),
     "tinylm-deep": (64, 3, 2, 192, 3500, 3e-3),
+    "tinylm-wide": (96, 3, 3, 288, 5000, 2.5e-3),
     "llm": (96, 4, 3, 288, 6500, 2e-3),
     "llm-wide": (112, 3, 4, 336, 5000, 2e-3),
 }
