@@ -159,7 +159,7 @@ class Config(Section):
             if not values:
                 raise UserError(f"grid.{key} has no values")
         named = [list(cell) for cell in cells] or [shlex.split(cell) for cell in self.cells] or [[]]
-        axes = [[f"{key}={json.dumps(value)}" for value in values] for key, values in self.grid.items()]
+        axes = [[f"{key}={_as_yaml(value)}" for value in values] for key, values in self.grid.items()]
         return [[*cell, *point] for cell in named for point in itertools.product(*axes)]
 
     @property
@@ -182,6 +182,12 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The full tree, loadable by `load_config`."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _as_yaml(value: Any) -> str:
+    """A value in a line that YAML reads back as it is."""
+    plain = isinstance(value, str) and yaml.safe_load(value) == value
+    return value if plain else json.dumps(value)
 
 
 def preset_names() -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +96,7 @@ def changed_settings(tree: Mapping[str, Any], config: Config) -> list[str]:
         tree: `study.json`.
         config: of one of its cells.
     """
-    of_preset = [shlex.split(cell) for cell in config.cells]
+    of_preset = config.sweep()
     own = [override for cell in tree["cells"] if cell["overrides"] not in of_preset for override in cell["overrides"]]
     found = dict.fromkeys([*tree["overrides"], *own])
     return [override for override in found if override.partition("=")[0] not in CHANGES_NO_SETTING]

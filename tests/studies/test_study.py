@@ -58,11 +58,13 @@ def test_of_finished_cells_only_what_others_need_is_left() -> None:
 
 def test_a_grid_is_every_combination_behind_every_cell() -> None:
     config = load_config("embedded", ["grid={curation.shadows: [60, 120], pair.llm.model: [a, b]}"])
-    points = [[f"curation.shadows={k}", f'pair.llm.model="{llm}"'] for k in (60, 120) for llm in "ab"]
+    points = [[f"curation.shadows={k}", f"pair.llm.model={llm}"] for k in (60, 120) for llm in "ab"]
     assert config.sweep() == points
     assert config.sweep([["seed=1"], ["seed=2"]]) == [[f"seed={s}", *point] for s in (1, 2) for point in points]
     assert load_config("embedded", [*points[3]]).pair.llm.model == "b"
     assert load_config("embedded").sweep() == [[]]
+    odd = load_config("embedded", ['grid={name: ["1", "a: b"], clients.samples: [null]}'])
+    assert [load_config("embedded", cell).name for cell in odd.sweep()] == ["1", "a: b"]
 
 
 @pytest.mark.parametrize(
