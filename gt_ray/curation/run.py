@@ -47,7 +47,7 @@ def run_fine_tunes(study: Study, jobs: Sequence[FineTuneJob], stage: str) -> int
     with bar(stage, len(keys)) as progress:
         for key, error in _stream(study, jobs, keys):
             if key in keys:
-                progress.advance()
+                progress.advance(error=error)
                 errors[key] = error
     failed = {key: error for key, error in errors.items() if error}
     if failed:

@@ -19,6 +19,7 @@ from gt_ray.curation.study import Study, load_roots, root_file
 from gt_ray.errors import UserError
 from gt_ray.evaluation.run import score
 from gt_ray.evaluation.summary import by_population, report_rows, summarise
+from gt_ray.events import during, recording
 from gt_ray.grad_transformer.generate import generate_adapter
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.learning.mechanisms import statement
@@ -221,7 +222,8 @@ def _timed(study: Study, stage: str) -> Iterator[None]:
     """Add a stage's wall time to what earlier, interrupted runs of the same study took."""
     start = time.perf_counter()
     try:
-        yield
+        with recording(study.config.run_folder), during(stage, _settings_key(study)):
+            yield
     finally:
         walls = _walls(study)
         walls[stage] = walls.get(stage, 0.0) + time.perf_counter() - start
