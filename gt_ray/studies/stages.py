@@ -108,7 +108,7 @@ class _Told:
     name: str
     started: float
     last: float
-    process: Process | None = None
+    process: Process
     earlier_s: float = 0.0
     ended: State | None = None
     part: str | None = None
@@ -139,7 +139,7 @@ class _Told:
     def stage(self, now: float, newest: tuple[Process | None, float]) -> Stage:
         """As of `now`; `newest` is the process that came last, and when."""
         state: State = self.ended or "running"
-        if state == "running" and (self.process is None or self.process.is_gone(now - self.last)):
+        if state == "running" and self.process.is_gone(now - self.last):
             state = "interrupted"
         process, came = newest
         elapsed_s = self.earlier_s + (now if state == "running" else self.last) - self.started
