@@ -57,7 +57,7 @@ def headline(status: Status) -> str:
 
 
 def lines(status: Status) -> Iterator[Line]:
-    """The runs; below each that is under way, or is alone, its stages."""
+    """The cells of a study, below each that is under way the stages that it has come to; all stages of a run alone."""
     for run in status.runs:
         if status.kind == "study":
             done = sum(stage.state == "done" for stage in run.stages)
@@ -70,8 +70,9 @@ def lines(status: Status) -> Iterator[Line]:
                 left=_left(run.state, run.left_s),
                 took=_took(run),
             )
-        if status.kind == "run" or run.state not in ("done", "waiting"):
-            yield from (_of_stage(stage) for stage in run.stages)
+        for stage in run.stages:
+            if status.kind == "run" or (run.state not in ("done", "waiting") and stage.state != "waiting"):
+                yield _of_stage(stage)
 
 
 def _of_stage(stage: Stage) -> Line:
