@@ -7,16 +7,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from gt_ray.baselines.weak_to_strong import WEAK_TO_STRONG
-from gt_ray.config import Config, load_config
+from gt_ray.config import Config
 from gt_ray.errors import UserError
 from gt_ray.events import ALIVE_S, events_file
+from gt_ray.studies.cells import Overrides, config_of, is_cell
 from gt_ray.studies.stages import Stage, State, last_process, read_events, stages_of
 
 STAGES = ("curate", "train", "clients", "generate", "ceilings", "baselines", "evaluate")
@@ -27,10 +27,6 @@ SHARED = "shared work"
 
 SAID = 5
 """Latest lines that a run has told."""
-
-NOT_A_SETTING = {"name", "runs", "store", "cells", "table"}
-
-Overrides = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -129,8 +125,8 @@ def _known(value: Any) -> Any:
 def _run(folder: Path, now: float, name: str = "") -> Run:
     """One run folder."""
     events = read_events(events_file(folder))
-    config = _config(folder)
-    stages = stages_of(events, _planned(config.config) if config else (), now)
+    config = config_of(folder)
+    stages = stages_of(events, _planned(config) if config else (), now)
     if not events:
         walls = _walls(folder)
         stages = tuple(
@@ -182,7 +178,7 @@ def _study(folder: Path, cells: Sequence[Path], now: float) -> list[Run]:
         """The run of a cell, taken from those that are left."""
         place = Path(str(entry.get("report", ""))).parent.name or str(entry.get("folder", ""))
         if place not in by_name:
-            place = next((one for one in by_name if _is_cell(folder / one, preset, common + _overrides(entry))), "")
+            place = next((one for one in by_name if is_cell(folder / one, preset, common + _overrides(entry))), "")
         return by_name.pop(place, None)
 
     def put(entry: Mapping[str, Any], state: State) -> None:
@@ -214,35 +210,6 @@ def _study(folder: Path, cells: Sequence[Path], now: float) -> list[Run]:
 
 def _overrides(entry: Mapping[str, Any]) -> Overrides:
     return tuple(map(str, entry.get("overrides", ())))
-
-
-class _Known(NamedTuple):
-    """A config, and what of it two equal cells have in common."""
-
-    config: Config
-    settings: dict[str, Any]
-
-
-def _is_cell(folder: Path, preset: str, overrides: Overrides) -> bool:
-    """Whether a run's settings are those of a cell."""
-    config, wanted = _config(folder), _load(preset, overrides)
-    return config is not None and wanted is not None and config.settings == wanted.settings
-
-
-def _config(folder: Path) -> _Known | None:
-    path = folder / "config.yaml"
-    with suppress(OSError):
-        return _load(str(path), (), path.stat().st_mtime_ns)
-    return None
-
-
-@lru_cache(maxsize=4096)
-def _load(preset: str, overrides: Overrides, _changed_ns: int = 0) -> _Known | None:
-    """None where it is not to be had: a file that is not there any more, or of another version."""
-    with suppress(UserError):
-        config = load_config(preset, overrides)
-        return _Known(config, config.absolute().model_dump(mode="json", exclude=NOT_A_SETTING))
-    return None
 
 
 def _read(path: Path) -> dict[str, Any]:
