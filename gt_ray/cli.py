@@ -13,9 +13,10 @@ from rich.console import Console
 from gt_ray import progress
 from gt_ray.cli_audit import audit
 from gt_ray.cli_serving import client_app, tokens_app
+from gt_ray.cli_status import status
 from gt_ray.cli_study import study, table
 from gt_ray.config import Config, load_config, preset_names
-from gt_ray.errors import UserError
+from gt_ray.errors import UserError, reason, user_error_in
 from gt_ray.updates.pooling import Pooling
 
 INTERRUPTED = 130
@@ -200,6 +201,7 @@ def bounds(
 
 
 app.command(epilog="Example: `gt-ray audit --preset embedded --task drop --epsilon 1 --epsilon 4`")(audit)
+app.command(epilog="Example: `gt-ray status runs/embedded-seed0 --watch`")(status)
 
 store_app = typer.Typer(no_args_is_help=True, help="Look after an update store: a folder, `s3://...` or `gs://...`.")
 app.add_typer(store_app, name="store", epilog="Example: `gt-ray store stat store`")
@@ -223,8 +225,8 @@ def verify(
     progress.quiet(quiet)
     store = UpdateStore(location)
     damaged = damaged_units(store)
-    for key, reason in damaged.items():
-        typer.echo(f"{key}: {reason}")
+    for key, why in damaged.items():
+        typer.echo(f"{key}: {why}")
     if damaged and not remove:
         raise UserError(f"{len(damaged)} units of {location} are damaged; --remove removes them")
     removed = remove_damaged(store, damaged)
@@ -308,34 +310,12 @@ def run(call: Callable[[], Any]) -> int:
         _say_interrupted()
         return INTERRUPTED
     except Exception as error:
-        cause = _user_error(error)
+        cause = user_error_in(error)
         if cause is None:
             raise
-        # Behind the first line stands what Ray adds.
-        _say(f"error: {str(cause).partition(chr(10))[0]}")
+        _say(f"error: {reason(cause)}")
         return 2
     return 0
-
-
-def _user_error(error: BaseException | None) -> UserError | None:
-    """The UserError inside what Ray wrapped around it."""
-    seen: set[int] = set()
-    queue = [error]
-    while queue:
-        found = queue.pop()
-        if found is None or id(found) in seen:
-            continue
-        inner = getattr(found, "cause", None)
-        # Ray's RayTaskError(UserError) is a UserError too, whose text is a traceback.
-        if isinstance(found, UserError) and not isinstance(inner, UserError):
-            return found
-        seen.add(id(found))
-        queue += [
-            found.__cause__,
-            inner,
-            *getattr(found, "worker_failures", {}).values(),
-        ]
-    return None
 
 
 def _say_interrupted() -> None:

@@ -10,6 +10,36 @@ class UserError(ValueError):
     """Input, configuration or a file is wrong. The message says what, where and what to do; the CLI prints only it."""
 
 
+def user_error_in(error: BaseException | None) -> UserError | None:
+    """The UserError inside what Ray wrapped around it, if there is one."""
+    seen: set[int] = set()
+    queue = [error]
+    while queue:
+        found = queue.pop()
+        if found is None or id(found) in seen:
+            continue
+        inner = getattr(found, "cause", None)
+        # Ray's RayTaskError(UserError) is a UserError too, whose text is a traceback.
+        if isinstance(found, UserError) and not isinstance(inner, UserError):
+            return found
+        seen.add(id(found))
+        queue += [
+            found.__cause__,
+            inner,
+            *getattr(found, "worker_failures", {}).values(),
+        ]
+    return None
+
+
+def reason(error: BaseException) -> str:
+    """One line that says what went wrong."""
+    if cause := user_error_in(error):
+        return str(cause).partition("\n")[0]  # behind the first line stands what Ray adds
+    lines = str(error).strip().splitlines() or [""]
+    told = lines[-1 if any(line.lstrip().startswith('File "') for line in lines) else 0]  # a traceback ends with it
+    return f"{type(error).__name__}: {told.strip()}".removesuffix(": ")
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional package.
 

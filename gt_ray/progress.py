@@ -1,4 +1,7 @@
-"""Progress bars: stage, rate and time left; quiet where the output is no terminal."""
+"""Progress bars: stage, rate and time left; quiet where the output is no terminal.
+
+What bars and `say` tell is recorded, too, where a run's events are (events.py), quiet or not.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from gt_ray import events
+
 console = Console(stderr=True, soft_wrap=True)
 
 
@@ -30,6 +35,7 @@ def quiet(on: bool) -> None:
 def say(message: str) -> None:
     """One line for the person at the terminal, or for the log."""
     console.print(message, highlight=False, markup=False)
+    events.say(message)
 
 
 class _Rate(ProgressColumn):
@@ -42,18 +48,25 @@ class _Rate(ProgressColumn):
 class Bar:
     """A stage of known length."""
 
-    def __init__(self, progress: Progress, stage: str, total: int) -> None:
+    def __init__(self, progress: Progress, stage: str, total: int, counts: events.Counts) -> None:
         self._progress, self._task = progress, progress.add_task(stage, total=total)
+        self._counts = counts
 
-    def advance(self, n: int = 1) -> None:
-        """`n` more are done."""
+    def advance(self, n: int = 1, error: str = "") -> None:
+        """`n` more are done, with an `error` where they failed."""
         self._progress.advance(self._task, n)
+        self._counts.advance(n, error)
+
+    def skip(self, n: int) -> None:
+        """`n` were done before the bar began: they say nothing about the rate."""
+        self._progress.reset(self._task, completed=n)
+        self._counts.skip(n)
 
 
 @contextmanager
 def bar(stage: str, total: int) -> Iterator[Bar]:
     """A progress bar with rate and time left."""
-    with Progress(
+    columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -61,7 +74,7 @@ def bar(stage: str, total: int) -> Iterator[Bar]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=console,
-        disable=not sys.stderr.isatty() or console.quiet,
-    ) as progress:
-        yield Bar(progress, stage, total)
+    )
+    hidden = not sys.stderr.isatty() or console.quiet
+    with Progress(*columns, console=console, disable=hidden) as progress, events.counting(stage, total) as counts:
+        yield Bar(progress, stage, total, counts)

@@ -1,4 +1,4 @@
-"""The guard for optional packages."""
+"""The guard for optional packages, and errors in one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gt_ray.errors import UserError, require
+from gt_ray.errors import UserError, reason, require
 
 
 def test_requiring_a_missing_package_names_the_extra_that_brings_it() -> None:
@@ -28,3 +28,25 @@ def test_a_package_that_lacks_a_package_of_its_own_is_not_taken_for_missing(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_package"):
         require("half_installed", "ray")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("rank 4, not 2\nand more"), "rank 4, not 2"),
+        (ValueError("no\nsuch thing"), "ValueError: no"),
+        (ZeroDivisionError(), "ZeroDivisionError"),
+        (
+            RuntimeError('Traceback:\n  File "a.py", line 3, in f\nOSError: disk is full\n'),
+            "RuntimeError: OSError: disk is full",
+        ),
+    ],
+)
+def test_an_error_in_one_line(error: Exception, line: str) -> None:
+    assert reason(error) == line
+
+
+def test_a_user_error_is_found_behind_another_error() -> None:
+    outer = RuntimeError("a worker died")
+    outer.__cause__ = UserError("row 3 is too long")
+    assert reason(outer) == "row 3 is too long"

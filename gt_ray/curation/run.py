@@ -53,7 +53,7 @@ def run_fine_tunes(
     with bar(stage, len(keys)) as progress, closing(_stream(study, jobs, keys)) as stream:
         for key, error in stream:
             if key in keys:
-                progress.advance()
+                progress.advance(error=error)
                 errors[key] = error
                 if not error:
                     made(key)

@@ -18,6 +18,7 @@ from gt_ray.config import Config
 from gt_ray.curation.jobs import SIDES, FineTuneJob, model_settings
 from gt_ray.curation.planner import gpus_of_an_actor
 from gt_ray.curation.study import Study
+from gt_ray.events import during, recording
 from gt_ray.updates.files import write_atomically
 from gt_ray.updates.store import UnitMeta, unit_key
 
@@ -33,13 +34,14 @@ def timed(study: Study, stage: str, devices: Callable[[Config], float] = lambda 
     """
     start = time.perf_counter()
     try:
-        yield
+        with recording(study.config.run_folder), during(stage, settings_key(study)):
+            yield
     finally:
         wall_s = time.perf_counter() - start
         record = recorded(study)
         for kind, seconds in (("wall_s", wall_s), ("device_s", wall_s * devices(study.config))):
             record[kind][stage] = record[kind].get(stage, 0.0) + seconds
-        content = json.dumps({"config": _settings_key(study), **record})
+        content = json.dumps({"config": settings_key(study), **record})
         write_atomically(study.config.run_folder / WALL, content.encode())
 
 
@@ -49,7 +51,7 @@ def recorded(study: Study) -> dict[str, dict[str, float]]:
         found = json.loads((study.config.run_folder / WALL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = {}
-    same = found.get("config") == _settings_key(study)
+    same = found.get("config") == settings_key(study)
     return {kind: dict(found.get(kind, {})) if same else {} for kind in ("wall_s", "device_s")}
 
 
@@ -139,6 +141,7 @@ def times(study: Study, ceilings: Sequence[FineTuneJob]) -> dict[str, Any]:
     }
 
 
-def _settings_key(study: Study) -> str:
+def settings_key(study: Study) -> str:
+    """Of what a run's times and events are of."""
     shown = {"table", "cells", "grid"}  # how results are shown, and what else a study does
     return unit_key(study.config.model_dump(mode="json", exclude=shown))

@@ -23,7 +23,7 @@ from gt_ray.curation.run import run_fine_tunes
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.evaluation.run import score
-from gt_ray.studies.clock import devices_of_engines, devices_of_training
+from gt_ray.studies.clock import devices_of_engines, devices_of_training, timed
 from gt_ray.studies.pipeline import pipeline
 from gt_ray.studies.systems import load_plain, plain_systems
 from gt_ray.tasks.data import fingerprint
@@ -199,9 +199,13 @@ def run_node(node: Node, most_s: float | None) -> Outcome:
         if node.kind == "cell":
             report = pipeline(node.config)
         elif node.kind == "fine-tunes":
-            _fine_tune(Study.load(node.config), set(node.keys), most_s)
+            study = Study.load(node.config)
+            with timed(study, "curate"):
+                _fine_tune(study, set(node.keys), most_s)
         else:
-            _score(Study.load(node.config.model_copy(update={"name": SHARED})), set(node.keys))
+            study = Study.load(node.config.model_copy(update={"name": SHARED}))
+            with timed(study, "evaluate", devices_of_engines):
+                _score(study, set(node.keys))
     except UserError as wrong:
         error = str(wrong)
     except Exception as wrong:

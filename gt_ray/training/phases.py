@@ -22,6 +22,7 @@ from typing import Any
 from gt_ray.config import GradTransformerSettings
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
+from gt_ray.events import here
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.progress import bar, say
 from gt_ray.training.behaviour import LlmActors
@@ -120,6 +121,8 @@ def _run(
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from gt_ray.training.failures import WorkerFailures
+
     training, P = task.settings, len(studies)
     data: dict[str, Any] = {}
     for i, (one, of_pair) in enumerate(zip(studies, keys, strict=True)):
@@ -145,6 +148,7 @@ def _run(
         run_config=RunConfig(
             name=f"train-{name}",
             storage_path=str(home.resolve()),
+            callbacks=[WorkerFailures(*place)] if (place := here()) else None,
             failure_config=FailureConfig(max_failures=-1 if training.min_workers else 3),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2,
@@ -181,13 +185,18 @@ def _followed(progress_file: Path, total: int) -> Iterator[None]:
     ended = threading.Event()
 
     def follow() -> None:
-        shown = 0
-        while not ended.wait(0.5):
+        shown: int | None = None
+        last = False
+        while not last:
+            last = ended.wait(0.5)
             try:
-                step = int(progress_file.read_text() or 0)
+                step = int(progress_file.read_text())
             except (OSError, ValueError):  # not there yet, or being written
                 continue
-            progress.advance(step - shown)
+            if shown is None:
+                progress.skip(step)  # an earlier run did these
+            elif step != shown:
+                progress.advance(step - shown)  # less than none where a worker died, for the last checkpoint goes on
             shown = step
 
     progress_file.unlink(missing_ok=True)

@@ -94,6 +94,8 @@ def train_worker(config: dict[str, Any]) -> None:
         shares = [_batches(f"train-{i}", settings.batch_size // world, device, drop_last=True) for i in range(P)]
         # The data of steps that a checkpoint already holds are passed over.
         batches = itertools.islice(itertools.chain.from_iterable(zip(*shares, strict=False)), done, None)
+    if rank == 0:
+        Path(task.progress).write_text(str(task.first + done))
     losses: list[float] = []
     started = time.perf_counter()
     meter = Meter(device, settings.precision, world)
@@ -115,7 +117,7 @@ def train_worker(config: dict[str, Any]) -> None:
             meter.count(pairs[i], mine)
             if task.phase == "behaviour" and i == P - 1:
                 average(strategy.shards, settings.behaviour.average, first=step < P)
-            if rank == 0 and step % 10 == 0:
+            if rank == 0 and (step % 10 == 0 or step + 1 == task.steps):
                 Path(task.progress).write_text(str(task.first + step + 1))
             if step + 1 == task.steps or (step + 1) % task.checkpoint_steps == 0:
                 speed = meter.read()

@@ -129,7 +129,6 @@ def test_a_study_that_fails_stops_and_goes_on(
     assert [cell["overrides"] for cell in tree["cells"]] == [cells[0], cells[2]]
     assert [cell["overrides"] for cell in tree["failed"]] == [cells[1]] and "waiting" not in tree
     reports = [json.loads((folder / cell["report"]).read_text()) for cell in tree["cells"]]
-    assert all(report["wall_s"]["curate"] < 5 for report in reports)  # was done before, and once
     spent = tree["device_hours"]
     stages = ("train", "generate", "evaluate")
     of_cells = sum(report["device_s"][stage] for report in reports for stage in stages)
