@@ -13,6 +13,7 @@ from rich.console import Console
 
 from gt_ray import progress
 from gt_ray.cli_audit import audit
+from gt_ray.cli_report import report
 from gt_ray.cli_serving import client_app, tokens_app
 from gt_ray.config import Config, load_config, preset_names
 from gt_ray.errors import UserError
@@ -233,6 +234,7 @@ def bounds(
     show_bounds(configs, rows, loss_bound, as_json)
 
 
+app.command(epilog="Example: `gt-ray report runs/embedded-figure7`, or `gt-ray report runs/a runs/b`")(report)
 app.command(epilog="Example: `gt-ray audit --preset embedded --task drop --epsilon 1 --epsilon 4`")(audit)
 
 store_app = typer.Typer(no_args_is_help=True, help="Look after an update store: a folder, `s3://...` or `gs://...`.")

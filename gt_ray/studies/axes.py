@@ -101,7 +101,7 @@ def axes_of(settings: Sequence[Settings]) -> list[Axis]:
 def text_of_value(value: Any) -> str:
     """A value as a table shows it; models by the last part of their names."""
     if isinstance(value, list):
-        return ", ".join(map(text_of_value, value))
+        return ", ".join(map(text_of_value, value)) or "none"
     if isinstance(value, dict):
         return ", ".join(f"{name} {text_of_value(inner)}" for name, inner in value.items() if inner is not None)
     if isinstance(value, str):

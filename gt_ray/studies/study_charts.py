@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gt_ray.studies.axes import SIZES
-from gt_ray.studies.curves import Curve, NotFitted, fit
+from gt_ray.studies.curves import LEAST_POINTS, Curve, NotFitted, fit
 from gt_ray.studies.facts import finite, scores_of
 from gt_ray.studies.plots import Chart
 from gt_ray.studies.sheets import mean_of
@@ -30,14 +30,16 @@ History = Sequence[Mapping[str, Any]]
 
 def fits_of(sweep: Sweep) -> tuple[dict[str, Curve], list[str]]:
     """Title of a series -> curve of ours along it; and what was not fitted, with the reason."""
-    curves, unfitted = {}, []
+    curves: dict[str, Curve] = {}
+    unfitted: dict[str, str] = {}
     for one in sweep.series:
         if one.axis.numbers and one.axis.key != "tuples":
+            few = len(one.points) < LEAST_POINTS
             try:
                 curves[one.title] = _fit(one)
             except NotFitted as reason:
-                unfitted.append(f"{one.title}: {reason}")
-    return curves, unfitted
+                unfitted.setdefault(one.axis.name if few else one.title, str(reason))
+    return curves, [f"{title}: {reason}." for title, reason in unfitted.items()]
 
 
 def _fit(series: Series) -> Curve:

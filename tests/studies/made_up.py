@@ -1,4 +1,4 @@
-"""Made-up studies: folders of finished cells with scores, reports and configs, as a study leaves them, without a run."""
+"""Made-up studies: folders of finished cells with scores, reports and configs, as a study leaves them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def made_up_run(folder: Path, config: Config, scores: Scores, clients: int, rows
         for number in range(clients):
             client = Client(f"{task}-seen-{number}", task, "", [], [])
             for system, score in scores.items():
-                drawn = row_scores(score + 2 * (number - (clients - 1) / 2), rows, f"{config.seed} {client.name} {system}")
+                drawn = row_scores(
+                    score + 2 * (number - (clients - 1) / 2), rows, f"{config.seed} {client.name} {system}"
+                )
                 key = f"{client.name}-{system}"
                 prompts = [f"{config.seed} {client.name} {i}" for i in range(rows)]
                 write_scores(folder / "scores" / f"{key}.parquet", prompts, drawn)
