@@ -10,6 +10,7 @@ from typing import Any
 
 from gt_ray.config import Config
 from gt_ray.errors import UserError
+from gt_ray.studies.facts import finite
 
 NAMES = {
     "pair.tinylm.model": "TinyLM",
@@ -122,10 +123,7 @@ def _axis(key: str, settings: Sequence[Settings]) -> Axis:
 def _numbers(key: str, settings: Sequence[Settings]) -> dict[str, float]:
     """Places of the values; of models their parameters. Empty where a value other than none has no place."""
     values = [value for one in settings if (value := one.get(key)) is not None]
-    if key in SIZES:
-        sizes = [_parameters(value) for value in values]
-    else:
-        sizes = [value if isinstance(value, (int, float)) and not isinstance(value, bool) else None for value in values]
+    sizes = [_parameters(value) if key in SIZES else finite(value) for value in values]
     known = {text_of_value(value): float(size) for value, size in zip(values, sizes, strict=True) if size is not None}
     whole = len(known) == len({_content(value) for value in values}) and None not in sizes
     return known if whole and len(set(known.values())) > 1 else {}

@@ -17,6 +17,7 @@ EXPONENTS = np.geomspace(0.02, 5, 240)
 AHEAD = (2, 4)
 MISSES = 3.0  # standard errors by which a curve may miss a point without a word
 ENDS = [2.5, 97.5]
+NOTHING = 1e-9  # a standard error of rounding alone
 
 Array = np.ndarray[Any, Any]
 Interval = tuple[float, float, float]
@@ -89,7 +90,7 @@ def fit(
         raise NotFitted(f"not fitted: {len(set(x))} points, at least {LEAST_POINTS} are needed")
     if min(x) <= 0:
         raise NotFitted("not fitted: a power law needs values above 0")
-    if draws_RN is None or not (ses_N := draws_RN.std(0)).all():
+    if draws_RN is None or not ((ses_N := draws_RN.std(0)) > NOTHING).all():
         raise NotFitted("not fitted: the errors of the points are not known")
     x_N, y_N = np.asarray(x, dtype=float), np.asarray(scores, dtype=float)
     weights_N = ses_N**-2.0

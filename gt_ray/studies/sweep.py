@@ -18,6 +18,7 @@ from gt_ray.errors import UserError
 from gt_ray.evaluation.run import scores_of_report
 from gt_ray.evaluation.summary import summarise
 from gt_ray.studies.axes import Axis, Settings, axes_of, settings_of, varying
+from gt_ray.studies.curves import NOTHING
 from gt_ray.studies.facts import finite, scores_of
 from gt_ray.studies.sheets import Cell, mean_of
 
@@ -70,7 +71,7 @@ class Point:
     def interval(self, system: str) -> tuple[float, float] | None:
         """Low and high end of a system's mean score, percent."""
         draws_R = self.draws(system)
-        if draws_R is None or not draws_R.std():
+        if draws_R is None or draws_R.std() <= NOTHING:
             return None
         low, high = np.percentile(draws_R, [2.5, 97.5])
         return float(low), float(high)
