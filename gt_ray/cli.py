@@ -12,6 +12,7 @@ from rich.console import Console
 
 from gt_ray import progress
 from gt_ray.cli_audit import audit
+from gt_ray.cli_report import report
 from gt_ray.cli_serving import client_app, tokens_app
 from gt_ray.cli_status import status
 from gt_ray.cli_study import study, table
@@ -200,6 +201,7 @@ def bounds(
     show_bounds(configs, rows, loss_bound, as_json)
 
 
+app.command(epilog="Example: `gt-ray report runs/embedded-figure7`, or `gt-ray report runs/a runs/b`")(report)
 app.command(epilog="Example: `gt-ray audit --preset embedded --task drop --epsilon 1 --epsilon 4`")(audit)
 app.command(epilog="Example: `gt-ray status runs/embedded-seed0 --watch`")(status)
 

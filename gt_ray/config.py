@@ -163,6 +163,13 @@ class Config(Section):
         return [[*cell, *point] for cell in named for point in itertools.product(*axes)]
 
     @property
+    def has_linear_control(self) -> bool:
+        """Whether the linear path is trained alone, too, with the same loss, data and steps: what the network adds."""
+        settings = self.grad_transformer
+        network = settings.phi is not None and settings.linear_rank > 0 and settings.training.behaviour.steps > 0
+        return network and self.evaluation.controls
+
+    @property
     def run_folder(self) -> Path:
         """Where this study's results go."""
         return self.runs / (self.name or f"{self.preset}-seed{self.seed}")

@@ -18,7 +18,7 @@ from transformers import DynamicCache, LogitsProcessor
 from gt_ray.config import PairSettings
 from gt_ray.errors import UserError
 from gt_ray.learning.stacked import add_updates, stacked
-from gt_ray.pairs.families import shape_of
+from gt_ray.pairs.families import parameters_of
 from gt_ray.pairs.models import load_tokenizer
 from gt_ray.pairs.root import Root
 
@@ -54,7 +54,7 @@ def operations_ratio(pair: PairSettings) -> float:
     Raises:
         UserError: no config of a model is at hand.
     """
-    S, T = (sum(p.numel() for p in shape_of(model.model).parameters()) for model in (pair.tinylm, pair.llm))
+    S, T = (parameters_of(model.model) for model in (pair.tinylm, pair.llm))
     return float((T + 2 * S) / T)
 
 

@@ -88,6 +88,17 @@ def read_scores(path: Path) -> list[RowScore] | None:
         return None
 
 
+def read_prompts(path: Path) -> list[str] | None:
+    """SHA-256 of the prompts of a file of results, row by row; none where it is absent or damaged."""
+    parquet = require("pyarrow.parquet", "ray")
+    try:
+        with path.open("rb") as file:
+            table = parquet.ParquetFile(file, page_checksum_verification=True).read(["prompt_sha256"])
+        return [str(one) for one in table["prompt_sha256"].to_pylist()]
+    except (OSError, ValueError, KeyError):  # pyarrow's errors are among them
+        return None
+
+
 def _columns(pa: Any) -> dict[str, Any]:
     return {
         "output": pa.string(),

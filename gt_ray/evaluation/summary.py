@@ -173,6 +173,11 @@ def _average(entries: Sequence[dict[str, Any]], whole: Mapping[str, ByClient]) -
     return average | (_comparisons(average, whole) if "ours" in whole else {})
 
 
+def difference(first: ByClient, second: ByClient) -> dict[str, float]:
+    """Mean difference of scores over clients and test rows that both have, `low` and `high` its 95 % interval."""
+    return _interval(first, second, _scores)
+
+
 def _mean(values: Iterable[float | None]) -> float:
     return float(np.mean([value for value in values if value is not None]))
 

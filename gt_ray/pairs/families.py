@@ -60,6 +60,16 @@ def shape_of(model: str) -> PreTrainedModel:
     return found
 
 
+@cache
+def parameters_of(model: str) -> int:
+    """Number of parameters of a model that is known by its shape alone.
+
+    Raises:
+        UserError: its config is not at hand.
+    """
+    return sum(parameter.numel() for parameter in shape_of(model).parameters())
+
+
 def layout_of(model: str, lora: LoraSettings) -> Layout:
     """The layout of updates of a model that is known by its shape alone."""
     return Layout.of({name: tuple(tensor.shape) for name, tensor in initial_tensors(shape_of(model), lora).items()})

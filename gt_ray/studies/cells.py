@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from gt_ray.config import Config, load_config
 from gt_ray.errors import UserError
 
-NOT_A_SETTING = {"name", "runs", "store", "cells", "table"}
+NOT_A_SETTING = {"name", "runs", "store", "cells", "grid", "table"}
 
 Overrides = tuple[str, ...]
 

@@ -37,12 +37,15 @@ from gt_ray.studies.facts import (
     lead,
     normalised_of,
     origin_of,
+    pair_of,
     scores_of,
     summary_of,
     systems_of,
     walls_of,
 )
 from gt_ray.studies.plots import bars, curves, fans, forest, role_of
+from gt_ray.studies.sheets import print_sheets
+from gt_ray.studies.times import time_tables
 from gt_ray.updates.files import write_atomically
 
 IN_FANS = ("P_S", "ours", "P_T")
@@ -75,6 +78,14 @@ def print_table(report: dict[str, Any], ratios: Mapping[str, str] = RATIOS) -> N
         console.print(f"({number}) {note}")
     if facts := essentials(report):
         console.print(f"{facts}.")
+    print_times(report)
+
+
+def print_times(report: dict[str, Any]) -> None:
+    """Print what a client saves and what the provider's part took, where the report has it (Tables 7 and 8)."""
+    sheets, notes = time_tables({pair_of(report) or "this run": [report]})
+    if sheets:
+        print_sheets("", sheets, notes)
 
 
 def print_populations(populations: dict[str, Any]) -> None:
@@ -88,18 +99,11 @@ def write_html(run_folder: Path) -> Path:
     Raises:
         UserError: `report.json` is not there, a file is damaged, or matplotlib is not installed.
     """
-    report = _read(run_folder / "report.json")
+    report = read_json(run_folder / "report.json")
     if not isinstance(report, dict):
         raise UserError(f"{run_folder / 'report.json'} is not there or no report; run `gt-ray evaluate` first")
-    history = _read(run_folder / "grad_transformer" / "history.json") or []
-    bounds = _read(run_folder / "bounds.json")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    history = read_json(run_folder / "grad_transformer" / "history.json") or []
+    bounds = read_json(run_folder / "bounds.json")
     summary = summary_of(report)
     tasks = sorted(summary, key=lambda task: task != "average")  # the average first: a phone shows few columns
     grid, notes = grid_of(report, RATIOS | LIKELIHOOD)
@@ -107,7 +111,9 @@ def write_html(run_folder: Path) -> Path:
     population_grid, population_notes = grid_of({"summary": populations}, OF_POPULATIONS)
     intervals = intervals_of({task: summary[task] for task in tasks})
     walls = walls_of(report)
-    page = environment.get_template("report.html.jinja").render(
+    time, time_words = time_tables({pair_of(report) or "this run": [report]})
+    page = render(
+        "report.html.jinja",
         title=f"gt-ray report: {report['preset']}" if "preset" in report else "gt-ray report",
         essentials=essentials(report),
         lead=lead(summary),
@@ -130,6 +136,9 @@ def write_html(run_folder: Path) -> Path:
         bounds=bounds_of(bounds) if bounds else None,
         walls=[(stage, duration(wall), 100 * wall / max(walls.values())) for stage, wall in walls.items()],
         total=duration(sum(walls.values())),
+        time_sheets=time,
+        time_notes=time_words,
+        list_of_names={*grid, *(population_grid if len(populations) > 1 else ())},
         origin=origin_of(report),
         command=command_of(report),
         has_config=(run_folder / "config.yaml").is_file(),
@@ -139,7 +148,24 @@ def write_html(run_folder: Path) -> Path:
     return path
 
 
-def _read(path: Path) -> Any:
+def render(template: str, **values: Any) -> str:
+    """A page from one of the templates beside this file; everything is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(values)
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds; none where it is not there.
+
+    Raises:
+        UserError: it is not readable.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -210,6 +236,7 @@ def _loss_charts(history: Sequence[Mapping[str, Any]]) -> dict[str, Markup]:
     """Title -> curves of the Grad-Transformer's training."""
     panels = {
         "Loss (Eq. 10, teacher forcing)": {"training": "loss", "validation": "validation_loss"},
+        "Behaviour loss": {"training": "behaviour", "validation": "validation_behaviour"},
         "Error of generated updates (mean update = 1)": {"generated": "validation_generated"},
     }
     charts = {}

@@ -26,10 +26,12 @@ UNBOUNDED = 10_000  # columns of an output that is no terminal
 
 @dataclass(frozen=True)
 class Cell:
-    """A finished cell of a study: its settings and its report."""
+    """A finished cell of a study: its settings and its report, its run folder and overrides."""
 
     config: Config
     report: Mapping[str, Any]
+    folder: Path = Path()
+    overrides: tuple[str, ...] = ()
 
     @property
     def entries(self) -> dict[str, Entry]:
@@ -46,7 +48,7 @@ class Cell:
     def sizes(self) -> tuple[str, str]:
         """The pair's sizes as Table 3 writes them, such as 3B; of models other than the paper's their names."""
         pair = self.config.pair
-        return _size(pair.tinylm.model), _size(pair.llm.model)
+        return size_of(pair.tinylm.model), size_of(pair.llm.model)
 
     @property
     def snapshots(self) -> int:
@@ -82,11 +84,12 @@ def read_study(folder: Path) -> tuple[dict[str, Any], list[Cell]]:
     try:
         tree: dict[str, Any] = json.loads((folder / "study.json").read_text(encoding="utf-8"))
         places = [(folder / cell["report"]).parent for cell in tree["cells"]]
+        overrides = [tuple(map(str, cell["overrides"])) for cell in tree["cells"]]
         reports = [json.loads((place / "report.json").read_text(encoding="utf-8")) for place in places]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no study with finished cells; run `gt-ray study` first ({error})") from error
     configs = [load_config(str(place / "config.yaml")) for place in places]
-    return tree, [Cell(config, report) for config, report in zip(configs, reports, strict=True)]
+    return tree, list(map(Cell, configs, reports, places, overrides))
 
 
 def changed_settings(tree: Mapping[str, Any], config: Config) -> list[str]:
@@ -102,7 +105,8 @@ def changed_settings(tree: Mapping[str, Any], config: Config) -> list[str]:
     return [override for override in found if override.partition("=")[0] not in CHANGES_NO_SETTING]
 
 
-def _size(model: str) -> str:
+def size_of(model: str) -> str:
+    """A model as Table 3 writes it, such as 3B; of models other than the paper's the name."""
     name = re.split("[/:]", model)[-1]
     found = re.fullmatch(r"Qwen2\.5-([\d.]+B)-Instruct", name)
     return found[1] if found else name
@@ -145,11 +149,19 @@ def print_sheets(title: str, sheets: Sequence[Sheet], notes: Sequence[str]) -> N
 
 def markdown(title: str, sheets: Sequence[Sheet], notes: Sequence[str], plots: Sequence[str] = ()) -> str:
     """The same as Markdown, with plots as `<name>.svg`."""
-    parts = [f"# {title}"]
+    parts = [f"# {plain(title)}"]
     for sheet in sheets:
         rule = [":--", *("--:" for _ in sheet.head[1:])]
-        lines = ["| " + " | ".join(row) + " |" for row in (sheet.head, rule, *sheet.rows)]
+        rows = [[plain(text) for text in row] for row in (sheet.head, *sheet.rows)]
+        lines = ["| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])]
         parts += [f"## {sheet.title}"] * bool(sheet.title) + ["\n".join(lines)]
     parts += [f"![{name}]({name}.svg)" for name in plots]
-    parts += ["\n".join(f"- {note}" for note in notes)] * bool(notes)
+    parts += ["\n".join(f"- {plain(note)}" for note in notes)] * bool(notes)
     return "\n\n".join(parts) + "\n"
+
+
+def plain(text: str) -> str:
+    """A text that is no markup in Markdown."""
+    for mark, name in (("\\", "\\\\"), ("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "\\`"), ("\n", " ")):
+        text = text.replace(mark, name)
+    return text

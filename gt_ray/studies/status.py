@@ -19,7 +19,7 @@ from gt_ray.events import ALIVE_S, events_file
 from gt_ray.studies.cells import Overrides, config_of, is_cell
 from gt_ray.studies.stages import Stage, State, last_process, read_events, stages_of
 
-STAGES = ("curate", "train", "clients", "generate", "ceilings", "baselines", "evaluate")
+STAGES = ("curate", "train", "train_controls", "clients", "generate", "ceilings", "baselines", "evaluate")
 """Of the main job, in their order; baselines only where the config asks for some."""
 
 SHARED = "shared work"
@@ -148,8 +148,12 @@ def _run(folder: Path, now: float, name: str = "") -> Run:
 
 
 def _planned(config: Config) -> tuple[str, ...]:
-    baselines = set(WEAK_TO_STRONG) & set(config.evaluation.baselines)
-    return tuple(stage for stage in STAGES if stage != "baselines" or baselines)
+    left_out = set()
+    if not set(WEAK_TO_STRONG) & set(config.evaluation.baselines):
+        left_out.add("baselines")
+    if not config.has_linear_control:
+        left_out.add("train_controls")
+    return tuple(stage for stage in STAGES if stage not in left_out)
 
 
 def _of_run(stages: Sequence[Stage], events: Sequence[dict[str, Any]], now: float) -> State:

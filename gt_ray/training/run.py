@@ -30,13 +30,10 @@ MODEL, LINEAR = "grad_transformer", "linear_behaviour"
 
 
 def models(study: Study) -> dict[str, GradTransformerSettings]:
-    """What a study trains: its Grad-Transformer, and where that is trained on behaviour the linear path alone with the
-    same loss, data and steps, to tell what the network adds."""
-    settings, controls = study.config.grad_transformer, study.config.evaluation.controls
-    found = {MODEL: settings}
-    if settings.phi is not None and settings.linear_rank and settings.training.behaviour.steps and controls:
-        found[LINEAR] = settings.model_copy(update={"phi": None})
-    return found
+    """What a study trains: its Grad-Transformer, and where that is trained on behaviour the linear path alone."""
+    settings = study.config.grad_transformer
+    linear = {LINEAR: settings.model_copy(update={"phi": None})} if study.config.has_linear_control else {}
+    return {MODEL: settings, **linear}
 
 
 def train(study: Study, name: str = MODEL) -> Path:
