@@ -25,12 +25,11 @@ from gt_ray.errors import UserError
 from gt_ray.evaluation.run import score
 from gt_ray.studies.clock import devices_of_engines, devices_of_training, timed
 from gt_ray.studies.pipeline import pipeline
+from gt_ray.studies.status import SHARED_RUN
 from gt_ray.studies.systems import load_plain, plain_systems
 from gt_ray.tasks.data import fingerprint
 from gt_ray.updates.store import unit_key
 
-SHARED = ".shared"
-"""Run folder beside the cells' for scores that several of them need."""
 BUDGET = "the budget is spent"
 
 
@@ -203,7 +202,7 @@ def run_node(node: Node, most_s: float | None) -> Outcome:
             with timed(study, "curate"):
                 _fine_tune(study, set(node.keys), most_s)
         else:
-            study = Study.load(node.config.model_copy(update={"name": SHARED}))
+            study = Study.load(node.config.model_copy(update={"name": SHARED_RUN}))
             with timed(study, "evaluate", devices_of_engines):
                 _score(study, set(node.keys))
     except UserError as wrong:

@@ -22,7 +22,9 @@ from gt_ray.studies.stages import Stage, State, last_process, read_events, stage
 STAGES = ("curate", "train", "train_controls", "clients", "generate", "ceilings", "baselines", "evaluate")
 """Of the main job, in their order; baselines only where the config asks for some."""
 
-SHARED = "shared work"
+SHARED = "shared scores"
+SHARED_RUN = ".shared"
+"""Where they are made, beside the cells (graph.py)."""
 """What a study does for several cells at once, recorded in its own folder."""
 
 SAID = 5
@@ -208,7 +210,7 @@ def _study(folder: Path, cells: Sequence[Path], now: float) -> list[Run]:
     found += [run for run in by_name.values() if "waiting" not in tree or run.state == "running"]
     order: list[State] = ["done", "failed", "interrupted", "running", "waiting"]
     found.sort(key=lambda run: order.index(run.state))
-    shared = [_run(folder, now, SHARED)] if events_file(folder).is_file() else []
+    shared = [_run(folder / SHARED_RUN, now, SHARED)] if events_file(folder / SHARED_RUN).is_file() else []
     return [*shared, *found]
 
 

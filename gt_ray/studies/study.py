@@ -148,6 +148,7 @@ def run_study(
     sweep = Sweep(preset, common, cells, name)
     sweep.device_s()  # notes what the store has before anything is added
     if len(sweep.reports) < len(sweep.cells):
+        sweep.write(sweep.tree())  # who watches sees what is to come
         parallel = parallel or (places(sweep.configs) if len(sweep.cells) > 1 else 1)
 
         def left_s() -> float | None:

@@ -12,7 +12,7 @@ from gt_ray.config import Config
 from gt_ray.errors import UserError
 from gt_ray.events import events_file
 from gt_ray.studies.stages import GONE_S, read_events
-from gt_ray.studies.status import SAID, SHARED, STAGES, Run, Status, read_status
+from gt_ray.studies.status import SAID, SHARED, SHARED_RUN, STAGES, Run, Status, read_status
 from tests.studies.watched import (
     ELSEWHERE,
     GONE,
@@ -58,7 +58,7 @@ def test_a_study_has_a_run_for_each_cell(study: Status) -> None:
 def test_the_stages_of_a_cell_are_those_of_the_main_job(study: Status) -> None:
     stages = by_name(study)["seed=3"].stages
     assert [stage.name for stage in stages] == [stage for stage in STAGES if stage != "baselines"]
-    assert [stage.state for stage in stages] == ["done", "running", *["waiting"] * 4]
+    assert [stage.state for stage in stages] == ["done", "running", *["waiting"] * 5]
     assert (stages[1].done, stages[1].queue) == (60, 40) and stages[1].rate_per_min == pytest.approx(120)
 
 
@@ -69,7 +69,7 @@ def test_baselines_are_a_stage_where_the_config_asks_for_some(tmp_path: Path) ->
 
 def test_time_left_of_a_study_is_what_finished_cells_tell(study: Status) -> None:
     # Of the one that trains: 40 steps at 2 a second, then what these stages took in the finished cell.
-    rest = 20 + sum(STAGE_S[stage] for stage in ("clients", "generate", "ceilings", "evaluate"))
+    rest = 20 + sum(STAGE_S[stage] for stage in list(STAGE_S)[2:])
     assert by_name(study)["seed=3"].left_s == pytest.approx(rest)
     # One runs at a time, and another cell waits.
     assert study.left_s == pytest.approx(rest + sum(STAGE_S.values()))
@@ -83,7 +83,7 @@ def test_cells_at_once_share_what_waits_and_none_ends_before_itself(tmp_path: Pa
     found = read_status(folder, T0 + 200)
     whole = sum(STAGE_S.values())
     assert by_name(found)["seed=5"].left_s == pytest.approx(whole - 5)  # no rate yet: by the finished cell
-    assert found.left_s == pytest.approx((70 + (whole - 5) + whole) / 2)
+    assert found.left_s == pytest.approx((80 + (whole - 5) + whole) / 2)
     write_study(folder, **{**tree, "waiting": [["seed=3"], ["seed=5"]]})
     assert read_status(folder, T0 + 200).left_s == pytest.approx(whole - 5)
 
@@ -141,7 +141,7 @@ def test_the_error_of_a_cell_that_failed_before_its_first_stage(tmp_path: Path) 
 
 def test_shared_work_of_a_study_comes_first(tmp_path: Path) -> None:
     folder = make_study(tmp_path / "runs" / "sizes")
-    write_events(folder, started(150, "curate"), progress(151, "curate", 3, 9))
+    write_events(folder / SHARED_RUN, started(150, "evaluate"), progress(151, "evaluate", 3, 9))
     first = read_status(folder, T0 + 200).runs[0]
     assert (first.name, first.state, first.stages[0].queue) == (SHARED, "running", 6)
 
@@ -200,7 +200,7 @@ def test_what_is_not_known_is_absent_for_machines(study: Status) -> None:
         "failures": [],
         "said": [],
     }
-    assert told["runs"][2]["stages"][5] == {"name": "evaluate", "state": "waiting", "failures": []}
+    assert told["runs"][2]["stages"][6] == {"name": "evaluate", "state": "waiting", "failures": []}
 
 
 def test_a_folder_that_is_no_run_is_refused_by_name(tmp_path: Path) -> None:

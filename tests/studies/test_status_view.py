@@ -39,7 +39,7 @@ def study(tmp_path: Path) -> Status:
 def test_the_headline(study: Status) -> None:
     told = headline(study)
     assert told.startswith("study sizes: running; 1 done, 1 failed, 1 running, 1 waiting of 4 cells; started 20")
-    assert told.endswith("; 3 min 20 s so far; time left: about 3 min 30 s")
+    assert told.endswith("; 3 min 20 s so far; time left: about 3 min 40 s")
 
 
 def test_the_lines_have_a_run_each_and_the_stages_of_those_under_way(study: Status) -> None:
