@@ -43,6 +43,8 @@ from gt_ray.settings import (
 )
 
 __all__ = [
+    "OF_STUDY",
+    "PLACES",
     "PRESETS",
     "BehaviourSettings",
     "ClientSettings",
@@ -77,6 +79,10 @@ __all__ = [
 
 TableName = Literal["table1", "table2", "table3", "table6", "figure7", "figure8"]
 PRESETS = Path(__file__).parent / "presets"
+OF_STUDY = frozenset({"cells", "grid", "table"})
+"""Keys that say what else a study does and how it is shown; what a run gives does not depend on them."""
+PLACES = frozenset({"name", "runs", "store"})
+"""Keys that say where things lie."""
 
 
 class Config(Section):

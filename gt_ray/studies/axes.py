@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gt_ray.config import Config
+from gt_ray.config import OF_STUDY, PLACES, Config
 from gt_ray.errors import UserError
 from gt_ray.studies.facts import finite
 
@@ -24,7 +24,7 @@ NAMES = {
 }
 """Settings that studies are about, and how they are called; of others that differ alike, these are the axis."""
 SIZES = ("pair.tinylm.model", "pair.llm.model")
-NO_QUESTION = ("preset", "name", "runs", "store", "seed", "cells", "table")
+NO_QUESTION = OF_STUDY | PLACES | {"preset", "seed"}
 LOG_FROM = 4
 """Largest over smallest value from which an axis is logarithmic."""
 

@@ -7,10 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gt_ray.config import Config, load_config
+from gt_ray.config import OF_STUDY, PLACES, Config, load_config
 from gt_ray.errors import UserError
-
-NOT_A_SETTING = {"name", "runs", "store", "cells", "grid", "table"}
 
 Overrides = tuple[str, ...]
 
@@ -45,5 +43,5 @@ def _of_run(folder: Path) -> _Loaded | None:
 def _load(preset: str, overrides: Overrides, _changed_ns: int = 0) -> _Loaded | None:
     with suppress(UserError):
         config = load_config(preset, overrides)
-        return _Loaded(config, config.absolute().model_dump(mode="json", exclude=NOT_A_SETTING))
+        return _Loaded(config, config.absolute().model_dump(mode="json", exclude=set(OF_STUDY | PLACES)))
     return None

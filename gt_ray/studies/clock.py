@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from gt_ray.config import Config
+from gt_ray.config import OF_STUDY, Config
 from gt_ray.curation.jobs import SIDES, FineTuneJob, model_settings
 from gt_ray.curation.planner import gpus_of_an_actor
 from gt_ray.curation.study import Study
@@ -143,5 +143,4 @@ def times(study: Study, ceilings: Sequence[FineTuneJob]) -> dict[str, Any]:
 
 def settings_key(study: Study) -> str:
     """Of what a run's times and events are of."""
-    shown = {"table", "cells", "grid"}  # how results are shown, and what else a study does
-    return unit_key(study.config.model_dump(mode="json", exclude=shown))
+    return unit_key(study.config.model_dump(mode="json", exclude=set(OF_STUDY)))

@@ -14,13 +14,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gt_ray.config import Config, load_config
+from gt_ray.config import PLACES, Config, load_config
 from gt_ray.errors import UserError
 from gt_ray.studies.facts import finite
 
 Entry = Mapping[str, Any]
 """Of a report's summary: scores, PGR and more of one task, or of the average."""
-CHANGES_NO_SETTING = ("runs", "store", "seed", "name")
 UNBOUNDED = 10_000  # columns of an output that is no terminal
 
 
@@ -102,7 +101,7 @@ def changed_settings(tree: Mapping[str, Any], config: Config) -> list[str]:
     of_preset = config.sweep()
     own = [override for cell in tree["cells"] if cell["overrides"] not in of_preset for override in cell["overrides"]]
     found = dict.fromkeys([*tree["overrides"], *own])
-    return [override for override in found if override.partition("=")[0] not in CHANGES_NO_SETTING]
+    return [override for override in found if override.partition("=")[0] not in PLACES | {"seed"}]
 
 
 def size_of(model: str) -> str:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gt_ray.config import Config, load_config
+from gt_ray.config import OF_STUDY, Config, load_config
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.evaluation.run import scores_of_report
@@ -226,7 +226,7 @@ def _cell_config(preset: str, overrides: list[str], name: str) -> Config:
 
 
 def _content(config: Config) -> str:
-    return unit_key(config.model_dump(mode="json", exclude={"name", "runs", "cells", "grid", "table"}))
+    return unit_key(config.model_dump(mode="json", exclude={"name", "runs", *OF_STUDY}))
 
 
 def _finished(config: Config, content: str) -> dict[str, Any] | None:
