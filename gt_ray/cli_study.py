@@ -61,6 +61,7 @@ def study(
         _print_plan(preset, overrides or [], cells, name, gpus, max_gpu_hours)
         return
     tree = run_study(preset, overrides or [], cells, name, parallel, max_gpu_hours)
+    progress.say(f"report: {config.runs / name / 'report.html'}")
     if "table" in tree:
         table(config.runs / name)
     if "populations" in tree:

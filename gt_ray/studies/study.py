@@ -14,6 +14,7 @@ from gt_ray.evaluation.summary import by_population
 from gt_ray.progress import say
 from gt_ray.studies.graph import Node, Outcome, fine_tunes_of, graph_of, needed, places, plain_scores, run_graph
 from gt_ray.studies.paper import write_table
+from gt_ray.studies.study_report import write_study_report
 from gt_ray.updates.files import write_atomically
 from gt_ray.updates.store import UpdateStore, unit_key
 
@@ -132,7 +133,7 @@ def run_study(
 ) -> dict[str, Any]:
     """Run every cell; `runs/<name>/study.json` lists the cells with their overrides and reports.
 
-    Where the preset names a table of the paper, `table.md` beside it is that table.
+    Beside it are the study's report (study_report.py), and where the preset names a table of the paper `table.md`.
 
     Cells share the store, so a unit that two need is made once. A cell that fails keeps no other from running.
 
@@ -160,8 +161,10 @@ def run_study(
     if len(cells := sweep.cells) == len(sweep.reports) > 1 and all(key.startswith("seed=") for c in cells for key in c):
         tree["populations"] = _over_seeds(sweep)
     sweep.write(tree)
-    if "table" in tree and tree["cells"]:
-        write_table(sweep.folder)
+    if tree["cells"]:
+        write_study_report(sweep.folder)
+        if "table" in tree:
+            write_table(sweep.folder)
     _complain(tree, sweep, max_device_hours)
     return tree
 
