@@ -32,7 +32,8 @@ def write_study_report(folder: Path) -> StudyView:
 
 def print_study(view: StudyView) -> None:
     """Print the tables of a study."""
-    print_sheets(f"{view.title}: {view.lead}", view.sheets, [*view.notes, *view.fit_notes, *view.unfitted])
+    notes = [*view.notes, *view.fit_notes, *view.unfitted, *view.time_notes]
+    print_sheets(f"{view.title}: {view.lead}", view.sheets, notes)
 
 
 def write_plots(folder: Path, charts: Mapping[str, Chart]) -> dict[str, str]:
