@@ -32,7 +32,8 @@ def write_study_report(folder: Path) -> StudyView:
 
 def print_study(view: StudyView) -> None:
     """Print the tables of a study."""
-    print_sheets(f"{view.title}: {view.lead}", view.sheets, [*view.notes, *view.fit_notes, *view.unfitted])
+    notes = [*view.notes, *view.fit_notes, *view.unfitted, *view.time_notes]
+    print_sheets(f"{view.title}: {view.lead}", view.sheets, notes)
 
 
 def write_plots(folder: Path, charts: Mapping[str, Chart]) -> dict[str, str]:
@@ -59,7 +60,8 @@ def _markdown(view: StudyView, names: Mapping[str, str]) -> str:
     parts = [markdown(view.title, view.sheets, notes)]
     parts[0] = parts[0].replace("\n\n", f"\n\n{plain(view.lead)}\n\n", 1)
     for section, charts in view.sections.items():
-        pictures = [f"![{re.sub(r'[][]', '', plain(title))}]({PLOTS}/{names[title]})" for title in charts]
+        captions = {title: re.sub(r"[][*]", "", plain(title)) for title in charts}
+        pictures = [f"**{caption}**\n\n![{caption}]({PLOTS}/{names[title]})" for title, caption in captions.items()]
         parts.append("\n\n".join([f"## {section}", *pictures]) + "\n")
     lines = [f"    {view.command}", ""]
     for number, sources in enumerate(view.sources, 1):

@@ -182,10 +182,10 @@ def _legend(axes: Any, entries: int) -> None:
             frameon=False,
             labelcolor=ink("text"),
             fontsize=8,
-            ncols=3,
+            ncols=4,
             loc="lower left",
             bbox_to_anchor=(-0.12, 1.0),
             borderaxespad=0,
-            columnspacing=1.2,
+            columnspacing=0.9,
             handletextpad=0.4,
         )

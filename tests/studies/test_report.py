@@ -11,6 +11,7 @@ import pytest
 
 from gt_ray.errors import UserError
 from gt_ray.studies.report import print_populations, print_table, write_html
+from tests.studies.made_up import TIMES
 
 TASKS = ("aqua_rat", "gsm8k", "commonsense_qa", "drop", "samsum", "dialogsum")
 MAIN = {"base_S": 12.0, "P_S": 55.0, "base_T": 18.0, "P_T": 82.0, "ours": 71.0}
@@ -336,3 +337,19 @@ def test_the_page_has_a_table_of_populations_where_there_are_several(tmp_path: P
         page = write_html(tmp_path).read_text()
         assert ("Scores by population" in page) == (len(names) > 1)
         assert ("987.5" in page) == (len(names) > 1) and HOSTILE not in page
+
+
+def test_times_of_client_and_provider_are_shown_where_they_were_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = full_report() | {"times": TIMES}
+    text = Tags(page(tmp_path, report)).text
+    print_table(report)
+    for shown in (text, capsys.readouterr().out):
+        for part in ("Time of a client", "75.00 %", "Time of the provider", "116 clients"):
+            assert part in shown
+
+
+def test_the_behaviour_loss_has_a_chart(tmp_path: Path) -> None:
+    html = page(tmp_path, MINIMAL, [{"step": s, "behaviour": 2 / s, "validation_behaviour": 3 / s} for s in (1, 2)])
+    assert "Behaviour loss" in Tags(html).text
