@@ -14,6 +14,7 @@ from rich.console import Console
 from gt_ray import progress
 from gt_ray.cli_audit import audit
 from gt_ray.cli_serving import client_app, tokens_app
+from gt_ray.cli_simulate import simulate
 from gt_ray.config import Config, load_config, preset_names
 from gt_ray.errors import UserError
 from gt_ray.updates.pooling import Pooling
@@ -234,6 +235,9 @@ def bounds(
 
 
 app.command(epilog="Example: `gt-ray audit --preset embedded --task drop --epsilon 1 --epsilon 4`")(audit)
+app.command(epilog="Example: `gt-ray simulate --preset qwen2.5-0.5b-to-32b --gpus 8xH100 --gpus 64xH100 --spot`")(
+    simulate
+)
 
 store_app = typer.Typer(no_args_is_help=True, help="Look after an update store: a folder, `s3://...` or `gs://...`.")
 app.add_typer(store_app, name="store", epilog="Example: `gt-ray store stat store`")
