@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A busy machine takes longer to start Ray than Ray allows.
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "600")
+os.environ.setdefault("RAY_agent_register_timeout_ms", "600000")
 
 import typer
 

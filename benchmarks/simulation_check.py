@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 from gt_ray.config import Config, load_config
 from gt_ray.curation.run import run_fine_tunes
 from gt_ray.curation.study import Study
-from gt_ray.studies.simulation import Block, Conditions, Node, Pool, Stage, simulate
+from gt_ray.studies.simulation import Block, Conditions, Node, Pool, Run, Stage, simulate
 
 RECORDED_S = {
     "llm": (1.75, 1.25, 1.77, 1.75, 1.25, 2.63, 2.58, 2.62, 0.97, 3.75, 2.25, 4.44),
@@ -29,9 +31,11 @@ RECORDED_S = {
 }
 """`UnitMeta.wall_s` of the first shadows of a run of preset embedded-dp on two cores."""
 SHADOWS = 12
-NOTICE_S = 5.0
+Times = Mapping[str, Sequence[float]]
+"""Seconds of the fine-tune of each shadow, by side."""
+NOTICE_S = 10.0
 """From a node's end until Ray starts its actor elsewhere, with the health checks below."""
-HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}
+HEALTH = {"health_check_period_ms": 2000}
 
 
 def small_config(folder: Path) -> Config:
@@ -53,11 +57,11 @@ def small_config(folder: Path) -> Config:
     )
 
 
-def sleeping(log: Path, scale: float) -> Callable[[], None]:
+def sleeping(log: Path, times: Times) -> Callable[[], None]:
     """Set-up of workers whose fine-tunes sleep, and which note what they do in `log`."""
 
     # Only plain values go along: workers need not find this module.
-    recorded = {f"{side} {k}": scale * one for side, times in RECORDED_S.items() for k, one in enumerate(times)}
+    seconds = {f"{side} {k}": one for side, line in times.items() for k, one in enumerate(line)}
 
     def setup() -> None:
         import psutil
@@ -86,7 +90,7 @@ def sleeping(log: Path, scale: float) -> Callable[[], None]:
         def fine_tune(self: Any, sets: Any, settings: Any, snapshot_steps: Any, **_: Any) -> Iterator[Any]:
             members = [f"{one.name.rpartition(', ')[2].rstrip(')')} {one.name.split()[1]}" for one in sets]
             note(what="begun", members=members)
-            time.sleep(sum(recorded[one] for one in members))
+            time.sleep(sum(seconds[one] for one in members))
             note(what="ended", members=members)
             layout = self.root.layout
             for i in range(len(sets)):
@@ -99,11 +103,6 @@ def sleeping(log: Path, scale: float) -> Callable[[], None]:
     return setup
 
 
-def sleep_s(members: Sequence[str], scale: float) -> float:
-    """Of a group of fine-tunes, such as `llm 3`."""
-    return scale * sum(RECORDED_S[side][int(k)] for side, k in (one.split() for one in members))
-
-
 @dataclass(frozen=True)
 class Measure:
     """One real run; seconds count from the call of `run_fine_tunes`.
@@ -111,6 +110,7 @@ class Measure:
     Attributes:
         makespan_s: to its return.
         blocks: members of each group, in the order in which they were first begun.
+        placed: the actor that did each of them last, by the order of their first work.
         asked_s: when each actor's process was started, in that order.
         start_s: of an actor from there to its first work, without loading.
         load_s: of a model.
@@ -122,6 +122,7 @@ class Measure:
 
     makespan_s: float
     blocks: list[list[str]]
+    placed: list[int]
     asked_s: list[float]
     start_s: float
     load_s: float
@@ -135,17 +136,17 @@ During = Callable[[Any, Callable[[], float], Callable[[], int]], float]
 """What happens beside a run, given the cluster, the seconds since the start, and the groups that have ended; when."""
 
 
-def run_sleeping(config: Config, nodes: int, scale: float, during: During | None = None) -> Measure:
+def run_sleeping(config: Config, nodes: int, times: Times, during: During | None = None) -> Measure:
     """Curate on so many raylets of one CPU."""
     import ray
     from ray.cluster_utils import Cluster
 
     log = Path(tempfile.mkstemp(suffix=".jsonl")[1])
-    head = {"num_cpus": 0, "_system_config": HEALTH, "include_dashboard": False}
+    head = {"num_cpus": 0, "_system_config": HEALTH, "include_dashboard": False, **_ports()}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(nodes):
-        cluster.add_node(num_cpus=1)
-    environment = {"worker_process_setup_hook": sleeping(log, scale)}
+        cluster.add_node(num_cpus=1, **_ports())
+    environment = {"worker_process_setup_hook": sleeping(log, times)}
     ray.init(address=cluster.address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
     try:
         study = Study.load(config)
@@ -164,11 +165,24 @@ def run_sleeping(config: Config, nodes: int, scale: float, during: During | None
     return replace(_measure([one | {"at": one["at"] - began} for one in notes], makespan_s), event_s=event_s)
 
 
+def _ports() -> dict[str, int]:
+    """Of a node's agents: a raylet that has to ask for them gives up after 15 s, which a busy machine exceeds."""
+    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in names]
+        for one in sockets:
+            one.bind(("", 0))
+        return {name: one.getsockname()[1] for name, one in zip(names, sockets, strict=True)}
+
+
 def _measure(notes: list[dict[str, Any]], makespan_s: float) -> Measure:
     begun = [one for one in notes if one["what"] == "begun"]
     first = {tuple(one["members"]): one for one in reversed(begun)}
+    last = {tuple(one["members"]): one["pid"] for one in begun}
+    order = sorted(first, key=lambda members: first[members]["at"])
+    pids = list(dict.fromkeys(one["pid"] for one in begun))
     asked, start, load, between = [], [], [], []
-    for pid in dict.fromkeys(one["pid"] for one in begun):
+    for pid in pids:
         mine = [one for one in notes if one["pid"] == pid]
         loads = [one for one in mine if one["what"] == "loaded"]
         load += [one["seconds"] for one in loads]
@@ -183,7 +197,8 @@ def _measure(notes: list[dict[str, Any]], makespan_s: float) -> Measure:
                 between.append(following["at"] - ended["at"] - loaded)
     return Measure(
         makespan_s,
-        [list(members) for members in sorted(first, key=lambda members: first[members]["at"])],
+        [list(members) for members in order],
+        [pids.index(last[members]) for members in order],
         asked,
         statistics.median(start),
         statistics.median(load),
@@ -193,14 +208,15 @@ def _measure(notes: list[dict[str, Any]], makespan_s: float) -> Measure:
     )
 
 
-def predicted_s(of: Measure, script: Sequence[Node], scale: float, between_s: float) -> float:
-    """Makespan by the simulation: blocks in the order of the run, its starts and loading, the time between blocks as
+def predicted(of: Measure, script: Sequence[Node], times: Times, between_s: float) -> Run:
+    """The simulation of a run: blocks in the order of the run, its starts and loading, the time between blocks as
     stated.
 
     Args:
         script: of nodes from when they were there; an actor is asked for as in the run.
     """
-    blocks = tuple(Block(one[0].split()[0], (sleep_s(one, scale),), (0.0,)) for one in of.blocks)
+    seconds = {f"{side} {k}": one for side, line in times.items() for k, one in enumerate(line)}
+    blocks = tuple(Block(one[0].split()[0], (sum(seconds[k] for k in one),), (0.0,)) for one in of.blocks)
     conditions = Conditions(
         node_gpus=1,
         node_start_s=0,
@@ -211,12 +227,13 @@ def predicted_s(of: Measure, script: Sequence[Node], scale: float, between_s: fl
         notice_s=NOTICE_S,
         straggler_sigma=0,
     )
-    return simulate([Stage("curation", (Pool(1, blocks),))], script, conditions).makespan_s + of.last_s
+    return simulate([Stage("curation", (Pool(1, blocks),))], script, conditions)
 
 
 def checks(scale: float) -> Iterator[tuple[str, float, Measure]]:
     """Name, predicted makespan (s) and measures of runs at 1, 2 and 3 raylets, with one that is killed and one that
     joins."""
+    times = {side: [scale * one for one in line] for side, line in RECORDED_S.items()}
     between_s = None
     for name, nodes, during in (
         ("1 raylet", 1, None),
@@ -226,14 +243,14 @@ def checks(scale: float) -> Iterator[tuple[str, float, Measure]]:
         ("1 raylet, one joins", 1, _join),
     ):
         with tempfile.TemporaryDirectory() as folder:
-            found = run_sleeping(small_config(Path(folder)), nodes, scale, during)
+            found = run_sleeping(small_config(Path(folder)), nodes, times, during)
         between_s = found.between_s if between_s is None else between_s
         script = [Node(up_s=max(0.0, asked_s)) for asked_s in found.asked_s[:nodes]]
         if during is _kill:
             script[-1] = replace(script[-1], down_s=found.event_s)
         if during is _join:
             script.append(Node(up_s=found.event_s))
-        yield name, predicted_s(found, script, scale, between_s), found
+        yield name, predicted(found, script, times, between_s).makespan_s + found.last_s, found
 
 
 def _kill(cluster: Any, since_s: Callable[[], float], ended: Callable[[], int]) -> float:
@@ -248,5 +265,5 @@ def _join(cluster: Any, since_s: Callable[[], float], ended: Callable[[], int]) 
     """Once two groups have ended; returns when."""
     while ended() < 2:
         time.sleep(0.05)
-    cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1, **_ports())
     return since_s()

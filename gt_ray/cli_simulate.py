@@ -22,6 +22,8 @@ PRICE, SPOT_PRICE = 2.5, 1.25
 """Of a GPU-hour on demand and on spot: made up, so that the table has a column; state your own."""
 PREEMPT_HOURS = 12.0
 """Mean life of a spot node where none is stated; made up as well."""
+WIDEST = 200
+"""Columns of an output that is no terminal."""
 
 
 def simulate(
@@ -105,36 +107,36 @@ def _row(kind: str, one: Prediction) -> dict[str, Any]:
 
 def _print(preset: str, price: float, found: Sequence[tuple[str, Prediction]]) -> None:
     console = Console(highlight=False)
-    right: dict[str, Any] = {"justify": "right"}
-    names = ("hours", "GPU-hours", "lost", "cost", "computing", "idle")
-    table = Table(
-        Column("GPUs", no_wrap=True),
-        *(Column(name, **right) for name in names),
-        "limit",
-        *(Column(name, **right) for name in found[0][1].stage_hours),
-        title=f"{preset}: hours of all and of each stage",
-        caption=f"median over seeds (5th to 95th percentile); {price:g} a GPU-hour: the price stated or assumed",
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDEST)
+    of_all, of_stages = (
+        Table(Column("GPUs", no_wrap=True), *(Column(name, justify="right") for name in names), title=title)
+        for names, title in (
+            (("hours", "GPU-hours", "lost", "cost", "computing", "idle", "limit"), f"{preset} by its schedule"),
+            (list(found[0][1].stage_hours), "hours of each stage"),
+        )
     )
+    of_all.caption = f"median over seeds (5th to 95th percentile); {price:g} a GPU-hour, stated or assumed"
     for kind, one in found:
+        name = f"{one.gpus} x {kind}"
         idle = sum(share for cause, share in one.shares.items() if cause in ("last block", "training", "away"))
-        table.add_row(
-            f"{one.gpus} x {kind}",
+        of_all.add_row(
+            name,
             _span(one.makespan_hours),
             f"{one.gpu_hours.median:,.0f}",
             f"{one.lost_gpu_hours:,.0f}",
-            _span(one.cost, 0),
+            f"{one.cost.median:,.0f}",
             f"{one.shares['computing']:.0%}",
             f"{idle:.0%}",
             one.limit,
-            *(f"{hours:,.1f}" for hours in one.stage_hours.values()),
         )
-    console.print(table)
+        of_stages.add_row(name, *(f"{hours:,.1f}" for hours in one.stage_hours.values()))
+    console.print(of_all, of_stages)
     if given_up := [f"{one.given_up:.1f} on {one.gpus} GPUs" for _, one in found if one.given_up]:
         console.print(f"Groups that died three times, and wait for the command's next run: {', '.join(given_up)}.")
 
 
-def _span(one: Interval, digits: int = 1) -> str:
-    text = f"{one.median:,.{digits}f}"
-    if f"{one.low:.{digits}f}" == f"{one.high:.{digits}f}":
-        return text
-    return f"{text} ({one.low:,.{digits}f} to {one.high:,.{digits}f})"
+def _span(one: Interval) -> str:
+    if f"{one.low:.1f}" == f"{one.high:.1f}":
+        return f"{one.median:,.1f}"
+    return f"{one.median:,.1f} ({one.low:,.1f} to {one.high:,.1f})"

@@ -205,7 +205,7 @@ class SimulatedStudy:
         }
         group_s: list[float] = []
         for name, count in steps.items():
-            pieces = math.ceil(count / max(1, of_epochs))
+            pieces = max(1, math.ceil(count / max(1, of_epochs)))
             group_s += [3600 * stages[name].wall_hours / pieces] * pieces
         checkpoint = float(self.hours.sizes()["training checkpoint"])
         llm = needs(self.config.pair.llm).weight_bytes * placement.llm_actors

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import random
 import statistics
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -222,3 +224,22 @@ def test_predictions_are_over_seeds() -> None:
     assert found.busy_gpu_hours + found.idle_gpu_hours == pytest.approx(found.gpu_hours.median, rel=0.1)
     alone = predict(stage(3600.0), 8, PLAIN, price=2, seeds=1)
     assert alone.limit == "last block" and alone.makespan_hours.low == alone.makespan_hours.high == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_real_raylets_give_out_blocks_as_the_simulation_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two raylets, twelve groups, of which one lasts as long as all others together many times over."""
+    from benchmarks.simulation_check import SHADOWS, predicted, run_sleeping, small_config
+
+    monkeypatch.setenv("RAY_TMPDIR", tempfile.mkdtemp(prefix="gt-ray-"))
+    times = {"llm": [40.0, *[0.1] * (SHADOWS - 1)], "tinylm": [0.1] * SHADOWS}
+    found = run_sleeping(small_config(tmp_path), 2, times)
+    assert [one[0].split()[0] for one in found.blocks] == ["llm"] * 6 + ["tinylm"] * 6  # the LLM's first
+    assert sorted(name for one in found.blocks for name in one) == sorted(f"{s} {k}" for s in times for k in range(12))
+    assert found.again == 0 and set(found.placed) == {0, 1}
+    run = predicted(found, [Node(), Node()], times, found.between_s)
+    simulated = [place for places in run.placed.values() for place in places]
+    long = next(i for i, one in enumerate(found.blocks) if "llm 0" in one)
+    for placed in (found.placed, simulated):
+        assert len(placed) == 12 and placed[long] not in placed[long + 1 :]  # whoever has it begins nothing else
