@@ -14,6 +14,7 @@ from gt_ray import progress
 from gt_ray.cli_audit import audit
 from gt_ray.cli_report import report
 from gt_ray.cli_serving import client_app, tokens_app
+from gt_ray.cli_simulate import simulate
 from gt_ray.cli_status import status
 from gt_ray.cli_study import study, table
 from gt_ray.config import Config, load_config, preset_names
@@ -204,6 +205,10 @@ def bounds(
 app.command(epilog="Example: `gt-ray report runs/embedded-figure7`, or `gt-ray report runs/a runs/b`")(report)
 app.command(epilog="Example: `gt-ray audit --preset embedded --task drop --epsilon 1 --epsilon 4`")(audit)
 app.command(epilog="Example: `gt-ray status runs/embedded-seed0 --watch`")(status)
+
+app.command(epilog="Example: `gt-ray simulate --preset qwen2.5-0.5b-to-32b --gpus 8xH100 --gpus 64xH100 --spot`")(
+    simulate
+)
 
 store_app = typer.Typer(no_args_is_help=True, help="Look after an update store: a folder, `s3://...` or `gs://...`.")
 app.add_typer(store_app, name="store", epilog="Example: `gt-ray store stat store`")

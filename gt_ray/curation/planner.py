@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -122,9 +122,17 @@ def needs(settings: ModelSettings, config: PretrainedConfig | None = None) -> Mo
     Args:
         config: the model's, where it is not to be read from the model's folder.
     """
+    return _known_needs(settings) if config is None else _needs(settings, config)
+
+
+@lru_cache(16)
+def _known_needs(settings: ModelSettings) -> ModelNeeds:
+    return _needs(settings, _config_of(settings.model))
+
+
+def _needs(settings: ModelSettings, config: PretrainedConfig) -> ModelNeeds:
     from transformers import AutoModelForCausalLM
 
-    config = config or _config_of(settings.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from gt_ray.config import Config, ModelSettings
 from gt_ray.curation.planner import TYPICAL_TOKENS, needs, unit_bytes, unit_counts
@@ -97,7 +98,7 @@ class Hours:
         return Stage(seconds / 3600, seconds / 3600 / self.plan.machines.count, how)
 
     def fine_tune_s(self, model: ModelSettings) -> float:
-        """GPU-seconds of one fine-tune."""
+        """GPU-seconds of one fine-tune of `fine_tune.steps`."""
         tokens = model.fine_tune.steps * model.fine_tune.batch_size * min(self.rates.tokens, model.fine_tune.max_length)
         computing = tokens * operations(model) / (self.rates.share(needs(model).parameters) * self.peak)
         return computing * max(1, gpus_of_a_worker(model, self.plan.machines))
@@ -153,24 +154,34 @@ class Hours:
         how = f"{clients} clients with both models (P_S, P_T), {public} of the LLM on public rows"
         return self._spread(seconds, how)
 
-    def _evaluation(self) -> Stage:
-        evaluation, gpu, pair = self.config.evaluation, self.plan.machines.gpu, self.config.pair
+    def evaluation(self) -> tuple[float, int]:
+        """GPU-seconds of scoring, and rows that are answered, over all systems."""
+        evaluation, gpu = self.config.evaluation, self.plan.machines.gpu
         rows = clients_of(self.config) * (evaluation.test_rows or TEST_ROWS)
-        answer = min(ANSWER_TOKENS, evaluation.max_new_tokens)
-        systems = {pair.tinylm: 2, pair.llm: 9 if evaluation.controls else 3}
         seconds = 0.0
-        for model, count in systems.items():
+        for model, count in self._systems().items():
             found = needs(model)
             # Prompts (and once more for log-likelihoods) compute; answers read all weights for a batch of tokens.
             passes = 1 + evaluation.log_likelihood
             computing = (
                 passes * self.rates.tokens * 2 * found.parameters / (self.rates.share(found.parameters) * self.peak)
             )
-            reading = answer * found.weight_bytes / evaluation.vllm.max_num_seqs / (DECODING * gpu.bytes_per_s)
+            batch = evaluation.vllm.max_num_seqs
+            reading = self._answer_tokens() * found.weight_bytes / batch / (DECODING * gpu.bytes_per_s)
             seconds += count * rows * (computing + reading)
-        each = f"{self.rates.tokens} + {answer} tokens each"
-        how = f"{sum(systems.values())} systems on {rows:,} rows, {each}; starts not counted"
-        return self._spread(seconds, how)
+        return seconds, rows * sum(self._systems().values())
+
+    def _systems(self) -> dict[ModelSettings, int]:
+        return {self.config.pair.tinylm: 2, self.config.pair.llm: 9 if self.config.evaluation.controls else 3}
+
+    def _answer_tokens(self) -> int:
+        return min(ANSWER_TOKENS, self.config.evaluation.max_new_tokens)
+
+    def _evaluation(self) -> Stage:
+        seconds, rows = self.evaluation()
+        count = sum(self._systems().values())
+        each = f"{self.rates.tokens} + {self._answer_tokens()} tokens each"
+        return self._spread(seconds, f"{count} systems on {rows // count:,} rows, {each}; starts not counted")
 
     def sizes(self) -> dict[str, int]:
         """Bytes on disk: the store by model, an exported checkpoint, a checkpoint to go on from."""
@@ -184,6 +195,7 @@ class Hours:
         return {**stores, "exported checkpoint": 4 * P + buffers, "training checkpoint": 4 * copies * P + buffers}
 
 
+@lru_cache(16)
 def operations(model: ModelSettings) -> int:
     """Of a token in a fine-tune of adapters."""
     shape = shape_of(model.model)

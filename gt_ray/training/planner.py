@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 
 import torch
@@ -55,6 +55,7 @@ class Shape:
         return sum(self.parts.values())
 
 
+@lru_cache(4)
 def shape_of_network(config: Config) -> Shape:
     """The study's Grad-Transformer, on the meta device."""
     with torch.device("meta"):
