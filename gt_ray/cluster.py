@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gt_ray.errors import require
+from gt_ray.errors import UserError, require
+from gt_ray.progress import say
+
+WANTED_GPUS = "GT_RAY_GPUS"
+"""Environment variable: GPUs that the cluster has to have before work is cut up for them."""
+LOOK_S = 1.0
 
 
 def connect() -> Any:
     """The `ray` module, connected.
 
-    Uses RAY_ADDRESS (set inside `ray job submit`), else a cluster that `ray start` runs here, else starts Ray.
+    Uses RAY_ADDRESS (set inside `ray job submit`), else a cluster that `ray start` runs here, else starts Ray. Where
+    GT_RAY_GPUS names a number of GPUs, waits until an autoscaling cluster has them.
+
+    Raises:
+        UserError: GT_RAY_GPUS is no number.
     """
+    if not (wanted := os.environ.get(WANTED_GPUS, "0")).isdecimal():
+        raise UserError(f"{WANTED_GPUS}={wanted!r} is not a number of GPUs; say 8, or leave it out")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray Data's actors always draw an alarming line about restarts; errors that matter reach us as exceptions.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -30,6 +42,7 @@ def connect() -> Any:
     context.raise_original_map_exception = True
     for name, level in (("ray.data", logging.CRITICAL), ("ray.train", logging.ERROR), ("ray.tune", logging.ERROR)):
         logging.getLogger(name).setLevel(level)
+    _wait_for_gpus(int(wanted))
     return ray
 
 
@@ -53,6 +66,23 @@ def room(num_cpus: float, num_gpus: float, nodes: Nodes) -> int:
     """How many actors of so many CPUs and GPUs these nodes can hold; each is on one node."""
     needs = {name: number for name, number in (("CPU", num_cpus), ("GPU", num_gpus)) if number}
     return sum(min(int(node.get(name, 0) / number) for name, number in needs.items()) for node in nodes)
+
+
+def _wait_for_gpus(wanted: int) -> None:
+    """Return once the cluster has so many. The autoscaler hears of them by a placement group that waits for them; it
+    ends with this program, however that ends."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    if (there := total(nodes(), "GPU")) >= wanted:
+        return
+    say(f"waiting for {wanted} GPUs ({WANTED_GPUS}); this Ray cluster has {there:g}")
+    # A CPU beside each: then an autoscaler prefers nodes with few of them.
+    group = placement_group([{"GPU": 1, "CPU": 1}] * wanted)
+    try:
+        while total(nodes(), "GPU") < wanted:
+            time.sleep(LOOK_S)
+    finally:
+        remove_placement_group(group)
 
 
 def device_name(device: str) -> str:

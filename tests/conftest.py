@@ -13,6 +13,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What is left in this process of a cluster that was shut down would end it, without a word, after a minute.
 os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "3600")
+# On a busy machine a raylet takes longer to start than the half minute that Ray allows it.
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
 
 import pytest
 import torch

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from gt_ray import cli
-from gt_ray.cluster import connect, nodes, own_devices, room, total
+from gt_ray.cluster import WANTED_GPUS, connect, nodes, own_devices, room, total
 from gt_ray.errors import UserError
+from tests.nodes import private_cluster
 
 
 @pytest.mark.ray
@@ -52,3 +55,30 @@ def test_an_actor_has_the_devices_that_it_asked_for() -> None:
         assert found == [["cpu"], ["cuda:0"], ["cuda:0"], ["cuda:0", "cuda:1"]]
     finally:
         ray.shutdown()
+
+
+def test_a_number_of_gpus_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WANTED_GPUS, "8xH100")
+    with pytest.raises(UserError, match=r"GT_RAY_GPUS='8xH100' is not a number of GPUs; say 8"):
+        connect()
+
+
+@pytest.mark.ray
+def test_a_job_asks_the_autoscaler_for_its_gpus_and_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.util import placement_group_table
+
+    def states() -> list[str]:
+        return [group["state"] for group in placement_group_table().values()]
+
+    monkeypatch.setenv(WANTED_GPUS, "2")
+    with private_cluster() as cluster, cluster.driver(), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(connect)
+        while states() != ["PENDING"]:
+            time.sleep(0.1)
+        assert not waiting.done()
+        cluster.cluster.add_node(num_cpus=2, num_gpus=2)
+        waiting.result(120)
+        assert total(nodes(), "GPU") == 2
+        assert states() == ["REMOVED"], "what it does not use is left to others"
+        connect()
+        assert states() == ["REMOVED"], "it asked for what is there"

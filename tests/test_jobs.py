@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 
 from gt_ray.curation.study import Study
 from tests.conftest import tiny_config
+from tests.nodes import free_port
 
 ROOT = Path(__file__).parents[1]
 VERBS = ("curate", "train", "generate", "baselines", "evaluate", "pipeline", "study")
@@ -59,7 +59,7 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A cluster started with `ray start --head`, as a user would; the environment in which to talk to it."""
     (tmp_path / "token").write_text(secrets.token_hex(32))
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
-    ports = [_free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(3)]
     ray = str(Path(sys.executable).with_name("ray"))
     head = subprocess.Popen(
         [ray, "start", "--head", "--block", "--num-cpus=2", f"--port={ports[0]}", f"--dashboard-port={ports[1]}",
@@ -94,13 +94,6 @@ def test_a_submitted_job_curates_and_running_it_again_does_nothing(
         outputs.append(done.stdout + done.stderr)
     assert "curate: 24 of 24 units to fine-tune" in outputs[0]
     assert "curate: nothing to do, all 24 units are in" in outputs[1]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _short(tmp_path: Path) -> str:

@@ -61,9 +61,10 @@ class Machines:
         return -(-self.count // NODE_GPUS)
 
     def node_types(self) -> dict[str, Any]:
-        """Part of a `cluster.yaml` for `ray up`: a head without GPUs, and the nodes of GPUs.
+        """Part of a `cluster.yaml` for `ray up`: a head on which no work lands, and the nodes of GPUs.
 
-        They are there from the start, for how many GPUs an actor takes is seen from those of the cluster.
+        They are there from the start, for how many GPUs an actor takes is seen from those of the cluster; with
+        `min_workers: 0` jobs have to wait for them (GT_RAY_GPUS).
         """
         name = f"{self.per_node}x{self.gpu.name}".lower()
         workers = {"CPU": 12 * self.per_node, "GPU": self.per_node}
@@ -71,7 +72,7 @@ class Machines:
             "max_workers": self.nodes,
             "head_node_type": "head",
             "available_node_types": {
-                "head": {"resources": {"CPU": 8}, "min_workers": 0, "max_workers": 0, "node_config": {}},
+                "head": {"resources": {"CPU": 0}, "min_workers": 0, "max_workers": 0, "node_config": {}},
                 name: {
                     "resources": workers,
                     "min_workers": self.nodes,

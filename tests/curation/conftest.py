@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -23,69 +20,20 @@ from gt_ray.curation.run import run_fine_tunes
 from gt_ray.curation.study import Study
 from gt_ray.updates.store import PARTIAL
 from tests.conftest import tiny_config
+from tests.nodes import Nodes, private_cluster
 
 POISON = "~"
 """One token, in no row that is well; the models of these tests have an infinite embedding for it."""
 SHADOWS = 8
-NO_DASHBOARD = {"include_dashboard": False}
-QUICK_HEALTH_CHECKS = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}
-"""A node that is gone is missed after seconds instead of half a minute."""
 LIMIT_S = 240
 Make = Callable[..., Config]
 """Makes the config of a study from a folder and overrides."""
 
 
-class Nodes:
-    """A Ray cluster on this machine: a head without CPUs for the driver, nodes of one CPU each for the work."""
-
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-
-        head = {"num_cpus": 0, "_system_config": QUICK_HEALTH_CHECKS, **NO_DASHBOARD}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
-
-    def add(self) -> Any:
-        """One more node."""
-        return self.cluster.add_node(num_cpus=1)
-
-    def working(self) -> list[Any]:
-        """All nodes but the head."""
-        return list(self.cluster.worker_nodes)
-
-    def set_size(self, n: int) -> None:
-        """Add or remove nodes until there are `n`; a test may have left others."""
-        while len(self.working()) > n:
-            self.cluster.remove_node(self.working()[0])
-        while len(self.working()) < n:
-            self.add()
-
-    @contextmanager
-    def driver(self, setup: Callable[[], None] | None = None) -> Iterator[None]:
-        """This process as a driver of the cluster.
-
-        Args:
-            setup: what every worker process calls before it works.
-        """
-        import ray
-
-        environment = {"worker_process_setup_hook": setup} if setup else None
-        ray.init(address=self.cluster.address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Nodes]:
-    """A cluster that no other Ray program on this machine finds, or is found by."""
-    folder = tempfile.mkdtemp(prefix="gt-ray-")  # short, since the paths of sockets may not be long
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", folder)
-        nodes = Nodes()
+    with private_cluster() as nodes:
         yield nodes
-        nodes.cluster.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
@@ -214,17 +162,3 @@ def wait_for_units(study: Study, n: int, running: Future[int]) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert study.store.missing(sorted(keys_of(study))), "the fault came too late"
-
-
-def workers_of(nodes: list[Any], name: str) -> list[psutil.Process]:
-    """The processes on these nodes that Ray has given that name."""
-    found = []
-    for node in nodes:
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        for process in raylet.children():
-            try:
-                if name in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.NoSuchProcess:  # it has ended since
-                continue
-    return found

@@ -18,15 +18,14 @@ from tests.curation.conftest import (
     LIMIT_S,
     SHADOWS,
     Make,
-    Nodes,
     assert_same,
     assert_same_unit,
     curation,
     jobs_of,
     keys_of,
     wait_for_units,
-    workers_of,
 )
+from tests.nodes import Nodes, workers_of
 
 pytestmark = pytest.mark.ray
 

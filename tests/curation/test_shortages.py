@@ -22,12 +22,12 @@ from tests.curation.conftest import (
     POISON,
     SHADOWS,
     Make,
-    Nodes,
     assert_same,
     assert_same_unit,
     jobs_of,
     keys_of,
 )
+from tests.nodes import Nodes
 
 pytestmark = pytest.mark.ray
 
