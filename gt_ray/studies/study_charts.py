@@ -80,7 +80,9 @@ def charts_of(
 
 def _scale(series: Series) -> Scale:
     texts = [series.axis.text(point.settings) for point in series.points]
-    return Scale(series.axis.name, dict(zip(series.x, texts, strict=True)), series.axis.is_log)
+    return Scale(
+        series.axis.name, dict(zip(series.x, texts, strict=True)), series.axis.is_log, bool(series.axis.numbers)
+    )
 
 
 def _scores(series: Series, curve: Curve | None) -> Chart | None:

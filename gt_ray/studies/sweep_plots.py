@@ -30,21 +30,28 @@ class Mark:
 
 @dataclass(frozen=True)
 class Scale:
-    """The axis of a sweep: where its values lie, and their texts."""
+    """The axis of a sweep: where its values lie, and their texts.
+
+    Attributes:
+        joined: whether values have distances, so that lines join them.
+    """
 
     name: str
     ticks: Mapping[float, str]
     is_log: bool = False
+    joined: bool = True
 
     def apply(self, axes: Any) -> None:
         """Set ticks and scale."""
         if self.is_log:
             axes.set_xscale("log")
             axes.minorticks_off()
-        crowded = len(self.ticks) > 4 or max(map(len, self.ticks.values())) > 8
+        labels = _distinct(list(self.ticks.values()))
+        crowded = len(labels) > 4 or max(map(len, labels)) > 8
         where = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
-        texts = [_short(text) for text in self.ticks.values()]
-        axes.set_xticks(list(self.ticks), labels=texts, **where)
+        axes.set_xticks(list(self.ticks), labels=labels, **where)
+        if not self.joined:
+            axes.margins(x=0.2)
         axes.set_xlabel(self.name)
 
 
@@ -62,7 +69,7 @@ def along(title: str, scale: Scale, lines: Mapping[str, Sequence[Mark]], curve: 
         for system, marks in lines.items():
             marker, line = STYLES.get(system) or next(controls)
             colour = ink(role_of(system))
-            if curve is not None and system == "ours":
+            if not scale.joined or (curve is not None and system == "ours"):
                 line = ""
             points = [mark for mark in marks if mark.low is not None and mark.high is not None]
             axes.vlines(
@@ -172,6 +179,12 @@ def time_bars(title: str, parts: Mapping[str, tuple[float, float]], whole: tuple
     return Chart(title, draw, (INCHES[0], 0.8 + ROW_INCHES * (len(parts) + 1)))
 
 
+def _distinct(texts: Sequence[str]) -> list[str]:
+    """Short texts; those that then look alike are numbered instead, as the rows of the table are in order."""
+    short = [text if len(text) <= 16 else f"{text[:15]}…" for text in texts]
+    return short if len(set(short)) == len(short) else [str(number) for number in range(1, len(texts) + 1)]
+
+
 def _short(text: str) -> str:
     return text if len(text) <= 24 else f"{text[:23]}…"
 
@@ -182,7 +195,7 @@ def _legend(axes: Any, entries: int) -> None:
             frameon=False,
             labelcolor=ink("text"),
             fontsize=8,
-            ncols=4,
+            ncols=3,
             loc="lower left",
             bbox_to_anchor=(-0.12, 1.0),
             borderaxespad=0,
