@@ -149,6 +149,9 @@ class Config(Section):
             raise ValueError("clients.populations=unseen_composition needs data.unseen_domains of 1 or more")
         return self
 
+    def __hash__(self) -> int:  # that of pydantic cannot read a grid
+        return hash(self.model_dump_json())
+
     @property
     def pairs(self) -> tuple[PairSettings, ...]:
         """The study's own pair, then the further ones."""
