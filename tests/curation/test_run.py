@@ -56,6 +56,7 @@ def test_a_damaged_unit_is_named_and_redone(undisturbed: Study, caplog: pytest.L
     assert torch.allclose(undisturbed.store.read(jobs[0].key)[0], before, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_sigkill_half_way_loses_at_most_the_units_in_flight(
     undisturbed: Study, tiny_pair: tuple[Path, Path], tmp_path: Path
 ) -> None:

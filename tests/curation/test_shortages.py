@@ -39,6 +39,7 @@ def change_row(folder: Path, old: str, new: str) -> None:
     file.write_text(text.replace(json.dumps(old), json.dumps(new)))
 
 
+@pytest.mark.slow
 def test_poisoned_rows_fail_their_shadows_and_no_others(
     two_nodes: Nodes, undisturbed: Study, study_config: Make, rows: Path, tmp_path: Path
 ) -> None:

@@ -73,6 +73,7 @@ def engine_processes() -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_an_engine_that_dies_is_replaced_and_only_its_unfinished_rows_are_repeated(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -42,6 +42,7 @@ def report(config: Config, ray_cluster: None) -> dict[str, Any]:
     return run_audit(config, PLAN)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_plain_fine_tuning_is_found_out_and_dp_sgd_keeps_its_promise(report: dict[str, Any], config: Config) -> None:
     sft, private = report["mechanisms"]
@@ -56,6 +57,7 @@ def test_plain_fine_tuning_is_found_out_and_dp_sgd_keeps_its_promise(report: dic
     assert Config.model_validate(report["config"]).pair.tinylm == config.pair.tinylm
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_again_takes_the_models_from_the_store(
     report: dict[str, Any], config: Config, capsys: pytest.CaptureFixture[str]
@@ -66,6 +68,7 @@ def test_again_takes_the_models_from_the_store(
     assert {**again, "wall_s": 0} == {**report, "wall_s": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_table_has_a_row_for_each_mechanism(
     report: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
