@@ -135,7 +135,7 @@ def test_a_node_that_dies_in_curation_changes_no_number(
     studies = [tiny_config(tiny_pair, tmp_path / name, *small) for name in ("undisturbed", "disturbed")]
     for config in studies:
         Path(config.store).mkdir(parents=True)
-        nodes.set_size(2)
+        nodes.set_size(3)  # the trainer and the tasks that read for it need two that are left
         with closing(Job(nodes, config, "pipeline")) as job:
             if config is studies[1]:
                 kill_in_curation(nodes, job, config)
@@ -165,7 +165,7 @@ def test_nodes_that_die_and_join_change_no_number_of_submitted_jobs(
         client = JobSubmissionClient(f"http://{nodes.cluster.head_node.webui_url}")
         for config in (undisturbed, disturbed):
             Path(config.store).mkdir(parents=True)
-        nodes.set_size(2)
+        nodes.set_size(3)  # the trainer and the tasks that read for it need two that are left
         Submitted(client, undisturbed, "pipeline").end()
         job = Submitted(client, disturbed, "curate")
         kill_in_curation(nodes, job, disturbed)

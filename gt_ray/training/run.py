@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gt_ray.baselines.proxy_tuning import require_shared_vocabulary
-from gt_ray.cluster import connect
+from gt_ray.cluster import connect, nodes, total
 from gt_ray.config import GradTransformerSettings
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError, require
@@ -79,6 +79,13 @@ def _fit(
 ) -> None:
     """Run the training of the studies' pairs in the folder `home`; the best checkpoint's models go to `outs`."""
     connect()
+    training = settings.training
+    cpus = (training.min_workers or training.workers) * training.num_cpus + 1
+    if (there := total(nodes(), "CPU")) < cpus:
+        say(
+            f"train: waits until this Ray cluster, which has {there:g} CPUs, has {cpus:g}: {training.num_cpus:g} for each of "
+            f"{training.min_workers or training.workers} trainers and one to read tuples"
+        )
     keys = [{validation: shadow_keys(one, validation) for validation in (False, True)} for one in studies]
     starts = [home / f"start-{pair_key(one, settings)[:12]}" for one in studies]
     for one, start, of_pair in zip(studies, starts, keys, strict=True):
