@@ -80,11 +80,11 @@ def _fit(
     """Run the training of the studies' pairs in the folder `home`; the best checkpoint's models go to `outs`."""
     connect()
     training = settings.training
-    cpus = (training.min_workers or training.workers) * training.num_cpus + 1
-    if (there := total(nodes(), "CPU")) < cpus:
+    workers = training.min_workers or training.workers
+    if (there := total(nodes(), "CPU")) < (cpus := workers * training.num_cpus + 1):
         say(
-            f"train: waits until this Ray cluster, which has {there:g} CPUs, has {cpus:g}: {training.num_cpus:g} for each of "
-            f"{training.min_workers or training.workers} trainers and one to read tuples"
+            f"train: waits until this Ray cluster, which has {there:g} CPUs, has {cpus:g}: {training.num_cpus:g} for each "
+            f"of {workers} trainers and one to read tuples"
         )
     keys = [{validation: shadow_keys(one, validation) for validation in (False, True)} for one in studies]
     starts = [home / f"start-{pair_key(one, settings)[:12]}" for one in studies]
