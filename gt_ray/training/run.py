@@ -83,8 +83,8 @@ def _fit(
     workers = training.min_workers or training.workers
     if (there := total(nodes(), "CPU")) < (cpus := workers * training.num_cpus + 1):
         say(
-            f"train: waits until this Ray cluster, which has {there:g} CPUs, has {cpus:g}: {training.num_cpus:g} for each "
-            f"of {workers} trainers and one to read tuples"
+            f"train: waits until this Ray cluster has {cpus:g} CPUs, it has {there:g}: {training.num_cpus:g} for each "
+            f"of {workers} trainers, one to read tuples"
         )
     keys = [{validation: shadow_keys(one, validation) for validation in (False, True)} for one in studies]
     starts = [home / f"start-{pair_key(one, settings)[:12]}" for one in studies]
