@@ -29,7 +29,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         ("--gpus", "1xH100", "grad_transformer.training.behaviour.steps=5"): "1 GPUs are too few",
     }.items():
         assert run(*SMALL, *arguments) == 2, arguments
-        text = capsys.readouterr().err
+        text = " ".join(capsys.readouterr().err.replace("│", " ").split())  # typer draws a box, and wraps
         assert message in text and "Traceback" not in text
 
 
