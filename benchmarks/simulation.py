@@ -130,12 +130,12 @@ def plot(found: dict[str, list[Prediction]], file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
-def check(scale: float) -> list[dict[str, Any]]:
+def check(scale: float, only: Sequence[str]) -> list[dict[str, Any]]:
     """Print predicted against measured, as they are done."""
     from simulation_check import checks
 
     rows = []
-    for name, predicted, found in checks(scale):
+    for name, predicted, found in checks(scale, only):
         ratio = predicted / found.makespan_s
         print(
             f"{name:24s} predicted {predicted:6.1f} s, measured {found.makespan_s:6.1f} s, ratio {ratio:.3f}; start "
@@ -150,12 +150,13 @@ def check(scale: float) -> list[dict[str, Any]]:
 def main(
     is_check: Annotated[bool, typer.Option("--check", help="Real raylets against the model.")] = False,
     scale: Annotated[float, typer.Option(help="Of the recorded times that fine-tunes sleep.")] = 1.0,
+    only: Annotated[list[str] | None, typer.Option(help="Name of a run of the check; repeat it. None: all.")] = None,
     seeds: Annotated[int, typer.Option(help="Runs of the model.")] = 5,
     out: Annotated[Path, typer.Option(help="File of the plot.")] = Path("docs/simulation.svg"),
 ) -> None:
     """The table and the plot, or the check."""
     if is_check:
-        print(json.dumps(check(scale)))
+        print(json.dumps(check(scale, only or [])))
         return
     found = {way.name: [way.at(gpus, seeds) for gpus in GPUS] for way in WAYS}
     print(table([(name, one) for name, line in found.items() for one in line]))

@@ -112,11 +112,12 @@ class Measure:
         blocks: members of each group, in the order in which they were first begun.
         placed: the actor that did each of them last, by the order of their first work.
         asked_s: when each actor's process was started, in that order.
-        start_s: of an actor from there to its first work, without loading.
-        load_s: of a model.
+        start_s: of an actor from there to its first work, with imports and its first model.
+        load_s: of a second model.
         between_s: between two groups of one actor, loading taken off.
         last_s: from the last group's end to the return.
         again: groups that were begun more than once.
+        died: the actor that had begun the first of those, as in `placed`.
         event_s: when something happened beside it.
     """
 
@@ -129,6 +130,7 @@ class Measure:
     between_s: float
     last_s: float
     again: int
+    died: int | None
     event_s: float = math.inf
 
 
@@ -141,7 +143,8 @@ def run_sleeping(config: Config, nodes: int, times: Times, during: During | None
     import ray
     from ray.cluster_utils import Cluster
 
-    log = Path(tempfile.mkstemp(suffix=".jsonl")[1])
+    log = Path(config.store).with_name("check.jsonl")
+    log.touch()
     head = {"num_cpus": 0, "_system_config": HEALTH, "include_dashboard": False, **_ports()}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(nodes):
@@ -185,11 +188,11 @@ def _measure(notes: list[dict[str, Any]], makespan_s: float) -> Measure:
     for pid in pids:
         mine = [one for one in notes if one["pid"] == pid]
         loads = [one for one in mine if one["what"] == "loaded"]
-        load += [one["seconds"] for one in loads]
+        load += [one["seconds"] for one in loads[1:]]
         (up,) = (one for one in mine if one["what"] == "up")
         work = next(one for one in mine if one["what"] == "begun")
         asked.append(up["at"] - up["seconds"])
-        start.append(work["at"] - loads[0]["seconds"] - asked[-1])
+        start.append(work["at"] - asked[-1])
         for ended in (one for one in mine if one["what"] == "ended"):
             following = next((one for one in mine if one["what"] == "begun" and one["at"] > ended["at"]), None)
             if following:
@@ -201,10 +204,11 @@ def _measure(notes: list[dict[str, Any]], makespan_s: float) -> Measure:
         [pids.index(last[members]) for members in order],
         asked,
         statistics.median(start),
-        statistics.median(load),
+        statistics.median(load) if load else 0.0,
         statistics.median(between),
         makespan_s - max(one["at"] for one in notes if one["what"] == "ended"),
         len(begun) - len(first),
+        next((pids.index(first[members]["pid"]) for members in order if first[members]["pid"] != last[members]), None),
     )
 
 
@@ -220,7 +224,7 @@ def predicted(of: Measure, script: Sequence[Node], times: Times, between_s: floa
     conditions = Conditions(
         node_gpus=1,
         node_start_s=0,
-        actor_start_s=of.start_s - between_s,
+        actor_start_s=max(0.0, of.start_s - of.load_s - between_s),
         model_start_s=of.load_s,
         driver_block_s=0,
         between_s=between_s,
@@ -230,24 +234,35 @@ def predicted(of: Measure, script: Sequence[Node], times: Times, between_s: floa
     return simulate([Stage("curation", (Pool(1, blocks),))], script, conditions)
 
 
-def checks(scale: float) -> Iterator[tuple[str, float, Measure]]:
+Case = tuple[str, int, During | None]
+
+
+def checks(scale: float, only: Sequence[str]) -> Iterator[tuple[str, float, Measure]]:
     """Name, predicted makespan (s) and measures of runs at 1, 2 and 3 raylets, with one that is killed and one that
-    joins."""
+    joins.
+
+    Args:
+        only: names of the runs that are wanted; none: all. The time between blocks is that of the first.
+    """
     times = {side: [scale * one for one in line] for side, line in RECORDED_S.items()}
     between_s = None
-    for name, nodes, during in (
+    cases: list[Case] = [
         ("1 raylet", 1, None),
         ("2 raylets", 2, None),
         ("3 raylets", 3, None),
         ("3 raylets, one killed", 3, _kill),
         ("1 raylet, one joins", 1, _join),
-    ):
+    ]
+    for name, nodes, during in cases:
+        if only and name not in only:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             found = run_sleeping(small_config(Path(folder)), nodes, times, during)
         between_s = found.between_s if between_s is None else between_s
         script = [Node(up_s=max(0.0, asked_s)) for asked_s in found.asked_s[:nodes]]
         if during is _kill:
-            script[-1] = replace(script[-1], down_s=found.event_s)
+            died = nodes - 1 if found.died is None else found.died
+            script[died] = replace(script[died], down_s=found.event_s)
         if during is _join:
             script.append(Node(up_s=found.event_s))
         yield name, predicted(found, script, times, between_s).makespan_s + found.last_s, found
