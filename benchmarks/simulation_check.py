@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ Times = Mapping[str, Sequence[float]]
 """Seconds of the fine-tune of each shadow, by side."""
 NOTICE_S = 10.0
 """From a node's end until Ray starts its actor elsewhere, with the health checks below."""
+ATTEMPTS = 10
 HEALTH = {"health_check_period_ms": 2000}
 
 
@@ -109,6 +108,7 @@ class Measure:
 
     Attributes:
         makespan_s: to its return.
+        first_s: to the first group's begin.
         blocks: members of each group, in the order in which they were first begun.
         placed: the actor that did each of them last, by the order of their first work.
         asked_s: when each actor's process was started, in that order.
@@ -122,6 +122,7 @@ class Measure:
     """
 
     makespan_s: float
+    first_s: float
     blocks: list[list[str]]
     placed: list[int]
     asked_s: list[float]
@@ -145,10 +146,10 @@ def run_sleeping(config: Config, nodes: int, times: Times, during: During | None
 
     log = Path(config.store).with_name("check.jsonl")
     log.touch()
-    head = {"num_cpus": 0, "_system_config": HEALTH, "include_dashboard": False, **_ports()}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = Cluster()
+    _add(cluster, num_cpus=0, _system_config=HEALTH)
     for _ in range(nodes):
-        cluster.add_node(num_cpus=1, **_ports())
+        _add(cluster, num_cpus=1)
     environment = {"worker_process_setup_hook": sleeping(log, times)}
     ray.init(address=cluster.address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
     try:
@@ -168,14 +169,15 @@ def run_sleeping(config: Config, nodes: int, times: Times, during: During | None
     return replace(_measure([one | {"at": one["at"] - began} for one in notes], makespan_s), event_s=event_s)
 
 
-def _ports() -> dict[str, int]:
-    """Of a node's agents: a raylet that has to ask for them gives up after 15 s, which a busy machine exceeds."""
-    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in names]
-        for one in sockets:
-            one.bind(("", 0))
-        return {name: one.getsockname()[1] for name, one in zip(names, sockets, strict=True)}
+def _add(cluster: Any, **what: Any) -> None:
+    """Add a node; a raylet gives up after 30 s in which its agents have not started, which a busy machine exceeds."""
+    for tries_left in reversed(range(ATTEMPTS)):
+        try:
+            cluster.add_node(include_dashboard=False, **what)
+            return
+        except Exception:  # Ray raises nothing narrower
+            if not tries_left:
+                raise
 
 
 def _measure(notes: list[dict[str, Any]], makespan_s: float) -> Measure:
@@ -200,6 +202,7 @@ def _measure(notes: list[dict[str, Any]], makespan_s: float) -> Measure:
                 between.append(following["at"] - ended["at"] - loaded)
     return Measure(
         makespan_s,
+        min(one["at"] for one in begun),
         [list(members) for members in order],
         [pids.index(last[members]) for members in order],
         asked,
@@ -237,9 +240,9 @@ def predicted(of: Measure, script: Sequence[Node], times: Times, between_s: floa
 Case = tuple[str, int, During | None]
 
 
-def checks(scale: float, only: Sequence[str]) -> Iterator[tuple[str, float, Measure]]:
-    """Name, predicted makespan (s) and measures of runs at 1, 2 and 3 raylets, with one that is killed and one that
-    joins.
+def checks(scale: float, only: Sequence[str]) -> Iterator[tuple[str, float, float, Measure]]:
+    """Name, predicted makespan and first begin of a group (s), and measures of runs at 1, 2 and 3 raylets, with one
+    that is killed and one that joins.
 
     Args:
         only: names of the runs that are wanted; none: all. The time between blocks is that of the first.
@@ -265,7 +268,9 @@ def checks(scale: float, only: Sequence[str]) -> Iterator[tuple[str, float, Meas
             script[died] = replace(script[died], down_s=found.event_s)
         if during is _join:
             script.append(Node(up_s=found.event_s))
-        yield name, predicted(found, script, times, between_s).makespan_s + found.last_s, found
+        run = predicted(found, script, times, between_s)
+        first_s = min(start for start, _, _, cause in run.segments if cause == "computing")
+        yield name, run.makespan_s + found.last_s, first_s, found
 
 
 def _kill(cluster: Any, since_s: Callable[[], float], ended: Callable[[], int]) -> float:
@@ -280,5 +285,5 @@ def _join(cluster: Any, since_s: Callable[[], float], ended: Callable[[], int]) 
     """Once two groups have ended; returns when."""
     while ended() < 2:
         time.sleep(0.05)
-    cluster.add_node(num_cpus=1, **_ports())
+    _add(cluster, num_cpus=1)
     return since_s()
