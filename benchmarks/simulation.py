@@ -146,10 +146,10 @@ def check(scale: float, only: Sequence[str]) -> list[dict[str, Any]]:
             "ratio_from_first_group": of_work_s[0] / of_work_s[1],
         }
         print(
-            f"{name:24s} predicted {predicted_s:6.1f} s, measured {found.makespan_s:6.1f} s, ratio {row['ratio']:.3f}; "
-            f"from the first group on {of_work_s[0]:.1f} and {of_work_s[1]:.1f} s, {row['ratio_from_first_group']:.3f}; "
-            f"start {found.start_s:.1f} s, loading {found.load_s:.2f} s, between blocks {found.between_s:.2f} s, end "
-            f"{found.last_s:.2f} s, begun again {found.again}",
+            f"{name:24s} predicted {predicted_s:6.1f} s, measured {found.makespan_s:6.1f} s, {row['ratio']:.3f}; "
+            f"from the first group {of_work_s[0]:.1f} and {of_work_s[1]:.1f} s, {row['ratio_from_first_group']:.3f}; "
+            f"starts {', '.join(f'{one:.1f}' for one in found.start_s)} s, loading {found.load_s:.2f} s, "
+            f"between blocks {found.between_s:.2f} s, end {found.last_s:.2f} s, begun again {found.again}",
             flush=True,
         )
         rows.append(row)

@@ -112,7 +112,7 @@ class Measure:
         blocks: members of each group, in the order in which they were first begun.
         placed: the actor that did each of them last, by the order of their first work.
         asked_s: when each actor's process was started, in that order.
-        start_s: of an actor from there to its first work, with imports and its first model.
+        start_s: of each actor from there to its first work, with imports and its first model.
         load_s: of a second model.
         between_s: between two groups of one actor, loading taken off.
         last_s: from the last group's end to the return.
@@ -126,7 +126,7 @@ class Measure:
     blocks: list[list[str]]
     placed: list[int]
     asked_s: list[float]
-    start_s: float
+    start_s: list[float]
     load_s: float
     between_s: float
     last_s: float
@@ -156,16 +156,17 @@ def run_sleeping(config: Config, nodes: int, times: Times, during: During | None
         study = Study.load(config)
         jobs = [*study.shadow_jobs("llm"), *study.shadow_jobs("tinylm")]
         began = time.time()
+        # Nodes can be added by the main thread alone.
         with ThreadPoolExecutor(1) as beside:
+            running = beside.submit(run_fine_tunes, study, jobs, "check")
             ended = lambda: log.read_text().count('"ended"')  # noqa: E731
-            event = beside.submit(during, cluster, lambda: time.time() - began, ended) if during else None
-            run_fine_tunes(study, jobs, "check")
+            event_s = during(cluster, lambda: time.time() - began, ended) if during else math.inf
+            running.result()
             makespan_s = time.time() - began
-            event_s = event.result() if event else math.inf
+        notes = [json.loads(line) for line in log.read_text().splitlines()]
     finally:
         ray.shutdown()
         cluster.shutdown()
-    notes = [json.loads(line) for line in log.read_text().splitlines()]
     return replace(_measure([one | {"at": one["at"] - began} for one in notes], makespan_s), event_s=event_s)
 
 
@@ -206,7 +207,7 @@ def _measure(notes: list[dict[str, Any]], makespan_s: float) -> Measure:
         [list(members) for members in order],
         [pids.index(last[members]) for members in order],
         asked,
-        statistics.median(start),
+        start,
         statistics.median(load) if load else 0.0,
         statistics.median(between),
         makespan_s - max(one["at"] for one in notes if one["what"] == "ended"),
@@ -217,17 +218,21 @@ def _measure(notes: list[dict[str, Any]], makespan_s: float) -> Measure:
 
 def predicted(of: Measure, script: Sequence[Node], times: Times, between_s: float) -> Run:
     """The simulation of a run: blocks in the order of the run, its starts and loading, the time between blocks as
-    stated.
+    stated. Actors that come later take a time of their own, as the first ones start all at once, on one machine.
 
     Args:
-        script: of nodes from when they were there; an actor is asked for as in the run.
+        script: of nodes; `up_s` of those of the first actors is left out, and follows from their first work.
     """
+    first = [node for node in script if not node.up_s]
+    start_s = statistics.median(of.start_s[len(first) :] or of.start_s)
+    begins = iter(asked_s + own_s for asked_s, own_s in zip(of.asked_s, of.start_s, strict=True))
+    script = [node if node.up_s else replace(node, up_s=max(0.0, next(begins) - start_s)) for node in script]
     seconds = {f"{side} {k}": one for side, line in times.items() for k, one in enumerate(line)}
     blocks = tuple(Block(one[0].split()[0], (sum(seconds[k] for k in one),), (0.0,)) for one in of.blocks)
     conditions = Conditions(
         node_gpus=1,
         node_start_s=0,
-        actor_start_s=max(0.0, of.start_s - of.load_s - between_s),
+        actor_start_s=max(0.0, start_s - of.load_s - between_s),
         model_start_s=of.load_s,
         driver_block_s=0,
         between_s=between_s,
@@ -262,7 +267,7 @@ def checks(scale: float, only: Sequence[str]) -> Iterator[tuple[str, float, floa
         with tempfile.TemporaryDirectory() as folder:
             found = run_sleeping(small_config(Path(folder)), nodes, times, during)
         between_s = found.between_s if between_s is None else between_s
-        script = [Node(up_s=max(0.0, asked_s)) for asked_s in found.asked_s[:nodes]]
+        script = [Node()] * nodes
         if during is _kill:
             died = nodes - 1 if found.died is None else found.died
             script[died] = replace(script[died], down_s=found.event_s)
