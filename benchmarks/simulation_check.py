@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ Times = Mapping[str, Sequence[float]]
 """Seconds of the fine-tune of each shadow, by side."""
 NOTICE_S = 10.0
 """From a node's end until Ray starts its actor elsewhere, with the health checks below."""
+ATTEMPTS = 10
 HEALTH = {"health_check_period_ms": 2000}
 
 
@@ -109,26 +108,30 @@ class Measure:
 
     Attributes:
         makespan_s: to its return.
+        first_s: to the first group's begin.
         blocks: members of each group, in the order in which they were first begun.
         placed: the actor that did each of them last, by the order of their first work.
         asked_s: when each actor's process was started, in that order.
-        start_s: of an actor from there to its first work, without loading.
-        load_s: of a model.
+        start_s: of each actor from there to its first work, with imports and its first model.
+        load_s: of a second model.
         between_s: between two groups of one actor, loading taken off.
         last_s: from the last group's end to the return.
         again: groups that were begun more than once.
+        died: the actor that had begun the first of those, as in `placed`.
         event_s: when something happened beside it.
     """
 
     makespan_s: float
+    first_s: float
     blocks: list[list[str]]
     placed: list[int]
     asked_s: list[float]
-    start_s: float
+    start_s: list[float]
     load_s: float
     between_s: float
     last_s: float
     again: int
+    died: int | None
     event_s: float = math.inf
 
 
@@ -141,38 +144,41 @@ def run_sleeping(config: Config, nodes: int, times: Times, during: During | None
     import ray
     from ray.cluster_utils import Cluster
 
-    log = Path(tempfile.mkstemp(suffix=".jsonl")[1])
-    head = {"num_cpus": 0, "_system_config": HEALTH, "include_dashboard": False, **_ports()}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    log = Path(config.store).with_name("check.jsonl")
+    log.touch()
+    cluster = Cluster()
+    _add(cluster, num_cpus=0, _system_config=HEALTH)
     for _ in range(nodes):
-        cluster.add_node(num_cpus=1, **_ports())
+        _add(cluster, num_cpus=1)
     environment = {"worker_process_setup_hook": sleeping(log, times)}
     ray.init(address=cluster.address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
     try:
         study = Study.load(config)
         jobs = [*study.shadow_jobs("llm"), *study.shadow_jobs("tinylm")]
         began = time.time()
+        # Nodes can be added by the main thread alone.
         with ThreadPoolExecutor(1) as beside:
+            running = beside.submit(run_fine_tunes, study, jobs, "check")
             ended = lambda: log.read_text().count('"ended"')  # noqa: E731
-            event = beside.submit(during, cluster, lambda: time.time() - began, ended) if during else None
-            run_fine_tunes(study, jobs, "check")
+            event_s = during(cluster, lambda: time.time() - began, ended) if during else math.inf
+            running.result()
             makespan_s = time.time() - began
-            event_s = event.result() if event else math.inf
+        notes = [json.loads(line) for line in log.read_text().splitlines()]
     finally:
         ray.shutdown()
         cluster.shutdown()
-    notes = [json.loads(line) for line in log.read_text().splitlines()]
     return replace(_measure([one | {"at": one["at"] - began} for one in notes], makespan_s), event_s=event_s)
 
 
-def _ports() -> dict[str, int]:
-    """Of a node's agents: a raylet that has to ask for them gives up after 15 s, which a busy machine exceeds."""
-    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in names]
-        for one in sockets:
-            one.bind(("", 0))
-        return {name: one.getsockname()[1] for name, one in zip(names, sockets, strict=True)}
+def _add(cluster: Any, **what: Any) -> None:
+    """Add a node; a raylet gives up after 30 s in which its agents have not started, which a busy machine exceeds."""
+    for tries_left in reversed(range(ATTEMPTS)):
+        try:
+            cluster.add_node(include_dashboard=False, **what)
+            return
+        except Exception:  # Ray raises nothing narrower
+            if not tries_left:
+                raise
 
 
 def _measure(notes: list[dict[str, Any]], makespan_s: float) -> Measure:
@@ -185,11 +191,11 @@ def _measure(notes: list[dict[str, Any]], makespan_s: float) -> Measure:
     for pid in pids:
         mine = [one for one in notes if one["pid"] == pid]
         loads = [one for one in mine if one["what"] == "loaded"]
-        load += [one["seconds"] for one in loads]
+        load += [one["seconds"] for one in loads[1:]]
         (up,) = (one for one in mine if one["what"] == "up")
         work = next(one for one in mine if one["what"] == "begun")
         asked.append(up["at"] - up["seconds"])
-        start.append(work["at"] - loads[0]["seconds"] - asked[-1])
+        start.append(work["at"] - asked[-1])
         for ended in (one for one in mine if one["what"] == "ended"):
             following = next((one for one in mine if one["what"] == "begun" and one["at"] > ended["at"]), None)
             if following:
@@ -197,30 +203,36 @@ def _measure(notes: list[dict[str, Any]], makespan_s: float) -> Measure:
                 between.append(following["at"] - ended["at"] - loaded)
     return Measure(
         makespan_s,
+        min(one["at"] for one in begun),
         [list(members) for members in order],
         [pids.index(last[members]) for members in order],
         asked,
-        statistics.median(start),
-        statistics.median(load),
+        start,
+        statistics.median(load) if load else 0.0,
         statistics.median(between),
         makespan_s - max(one["at"] for one in notes if one["what"] == "ended"),
         len(begun) - len(first),
+        next((pids.index(first[members]["pid"]) for members in order if first[members]["pid"] != last[members]), None),
     )
 
 
 def predicted(of: Measure, script: Sequence[Node], times: Times, between_s: float) -> Run:
     """The simulation of a run: blocks in the order of the run, its starts and loading, the time between blocks as
-    stated.
+    stated. Actors that come later take a time of their own, as the first ones start all at once, on one machine.
 
     Args:
-        script: of nodes from when they were there; an actor is asked for as in the run.
+        script: of nodes; `up_s` of those of the first actors is left out, and follows from their first work.
     """
+    first = [node for node in script if not node.up_s]
+    start_s = statistics.median(of.start_s[len(first) :] or of.start_s)
+    begins = iter(asked_s + own_s for asked_s, own_s in zip(of.asked_s, of.start_s, strict=True))
+    script = [node if node.up_s else replace(node, up_s=max(0.0, next(begins) - start_s)) for node in script]
     seconds = {f"{side} {k}": one for side, line in times.items() for k, one in enumerate(line)}
     blocks = tuple(Block(one[0].split()[0], (sum(seconds[k] for k in one),), (0.0,)) for one in of.blocks)
     conditions = Conditions(
         node_gpus=1,
         node_start_s=0,
-        actor_start_s=of.start_s - between_s,
+        actor_start_s=max(0.0, start_s - of.load_s - between_s),
         model_start_s=of.load_s,
         driver_block_s=0,
         between_s=between_s,
@@ -230,27 +242,40 @@ def predicted(of: Measure, script: Sequence[Node], times: Times, between_s: floa
     return simulate([Stage("curation", (Pool(1, blocks),))], script, conditions)
 
 
-def checks(scale: float) -> Iterator[tuple[str, float, Measure]]:
-    """Name, predicted makespan (s) and measures of runs at 1, 2 and 3 raylets, with one that is killed and one that
-    joins."""
+Case = tuple[str, int, During | None]
+
+
+def checks(scale: float, only: Sequence[str]) -> Iterator[tuple[str, float, float, Measure]]:
+    """Name, predicted makespan and first begin of a group (s), and measures of runs at 1, 2 and 3 raylets, with one
+    that is killed and one that joins.
+
+    Args:
+        only: names of the runs that are wanted; none: all. The time between blocks is that of the first.
+    """
     times = {side: [scale * one for one in line] for side, line in RECORDED_S.items()}
     between_s = None
-    for name, nodes, during in (
+    cases: list[Case] = [
         ("1 raylet", 1, None),
         ("2 raylets", 2, None),
         ("3 raylets", 3, None),
         ("3 raylets, one killed", 3, _kill),
         ("1 raylet, one joins", 1, _join),
-    ):
+    ]
+    for name, nodes, during in cases:
+        if only and name not in only:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             found = run_sleeping(small_config(Path(folder)), nodes, times, during)
         between_s = found.between_s if between_s is None else between_s
-        script = [Node(up_s=max(0.0, asked_s)) for asked_s in found.asked_s[:nodes]]
+        script = [Node()] * nodes
         if during is _kill:
-            script[-1] = replace(script[-1], down_s=found.event_s)
+            died = nodes - 1 if found.died is None else found.died
+            script[died] = replace(script[died], down_s=found.event_s)
         if during is _join:
             script.append(Node(up_s=found.event_s))
-        yield name, predicted(found, script, times, between_s).makespan_s + found.last_s, found
+        run = predicted(found, script, times, between_s)
+        first_s = min(start for start, _, _, cause in run.segments if cause == "computing")
+        yield name, run.makespan_s + found.last_s, first_s, found
 
 
 def _kill(cluster: Any, since_s: Callable[[], float], ended: Callable[[], int]) -> float:
@@ -265,5 +290,5 @@ def _join(cluster: Any, since_s: Callable[[], float], ended: Callable[[], int]) 
     """Once two groups have ended; returns when."""
     while ended() < 2:
         time.sleep(0.05)
-    cluster.add_node(num_cpus=1, **_ports())
+    _add(cluster, num_cpus=1)
     return since_s()

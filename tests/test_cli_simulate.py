@@ -23,7 +23,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         ("--gpus", "8xFOO"): "known: A100-40GB",
         ("--price", "-1"): "greater than or equal to 0",
         ("--seeds", "0"): "greater than or equal to 1",
-        ("--preempt-hours", "0"): "greater than or equal to 0.01",
+        ("--preempt-hours", "0"): "preempt-hours",
         ("--measured", "nowhere"): "--measured nowhere: no finished run",
         ("--gpus", "2xL40S", "pair.llm.model=Qwen/Qwen2.5-72B-Instruct"): "a model is not spread over nodes",
         ("--gpus", "1xH100", "grad_transformer.training.behaviour.steps=5"): "1 GPUs are too few",
