@@ -52,7 +52,7 @@ def simulate(
         bool, typer.Option("--autoscale", help="Nodes without work for 5 minutes go, and come back for more.")
     ] = False,
     overlap: Annotated[
-        bool, typer.Option("--overlap", help="Clients' and public fine-tunes beside curation (not built yet).")
+        bool, typer.Option("--overlap", help="Clients' and public fine-tunes beside curation, as `gt-ray study` does.")
     ] = False,
     broadcast: Annotated[
         bool, typer.Option("--broadcast", help="Weights go from node to node; else each actor reads storage.")
