@@ -267,9 +267,9 @@ def checks(scale: float, only: Sequence[str]) -> Iterator[tuple[str, float, floa
         with tempfile.TemporaryDirectory() as folder:
             found = run_sleeping(small_config(Path(folder)), nodes, times, during)
         between_s = found.between_s if between_s is None else between_s
-        script = [Node()] * nodes
+        script = [Node()] * sum(asked_s < found.event_s for asked_s in found.asked_s)  # actors that were there first
         if during is _kill:
-            died = nodes - 1 if found.died is None else found.died
+            died = len(script) - 1 if found.died is None else found.died
             script[died] = replace(script[died], down_s=found.event_s)
         if during is _join:
             script.append(Node(up_s=found.event_s))
