@@ -12,6 +12,7 @@ from rich.console import Console
 
 from gt_ray import progress
 from gt_ray.cli_audit import audit
+from gt_ray.cli_options import AsJson, Overrides, Preset, Quiet
 from gt_ray.cli_report import report
 from gt_ray.cli_serving import client_app, tokens_app
 from gt_ray.cli_simulate import simulate
@@ -30,15 +31,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Turn the update of a small fine-tuned language model into an update of a large one.",
 )
-
-Preset = Annotated[
-    str, typer.Option("--preset", "-p", help=f"Preset, or a YAML file. Presets: {', '.join(preset_names())}")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[key=value]...", help="Config overrides, such as `curation.shadows=60`."),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
 def _config(preset: str, overrides: list[str] | None, quiet: bool) -> Config:
@@ -171,7 +163,7 @@ def plan(
         float | None, typer.Option(help="The same of training by Eq. 10; none: as measured.", min=1e-3)
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of a sample, prompt and answer.", min=1)] = 256,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Estimate what a study takes, from configs alone: parameters, memory by strategy, hours, store, nodes."""
@@ -192,7 +184,7 @@ def bounds(
     loss_bound: Annotated[
         float | None, typer.Option(help="Cut losses off at so many nats: then sigma is a guarantee.", min=1e-6)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """The bounds of section 5, as stated and as corrected, beside the gaps that a finished run has; `bounds.json`."""

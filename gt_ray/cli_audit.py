@@ -10,18 +10,14 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from gt_ray import progress
-from gt_ray.config import load_config, preset_names
+from gt_ray.cli_options import AsJson, Overrides, Preset, Quiet
+from gt_ray.config import load_config
 
 
 def audit(
     task: Annotated[str, typer.Option(help="Task of the rows.")],
-    preset: Annotated[
-        str, typer.Option("--preset", "-p", help=f"Preset, or a YAML file. Presets: {', '.join(preset_names())}")
-    ] = "embedded",
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="Config overrides, such as `pair.tinylm.fine_tune.steps=120`."),
-    ] = None,
+    preset: Preset = "embedded",
+    overrides: Overrides = None,
     models: Annotated[int, typer.Option(help="Fine-tunes by each mechanism, each on half of the rows.")] = 32,
     rows: Annotated[int, typer.Option(help="Rows that are in or out by a coin for each model.")] = 256,
     canaries: Annotated[float, typer.Option(help="Share of the rows that have the target of another row.")] = 0.5,
@@ -29,8 +25,8 @@ def audit(
         list[float] | None,
         typer.Option(help="Of DP-SGD to audit; repeat it. None: the preset's `clients.mechanisms`, or else 1 and 4."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Attack TinyLM updates by membership inference, with and without differential privacy.
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gt_ray import progress
+from gt_ray.cli_options import Quiet
 from gt_ray.errors import UserError
 from gt_ray.updates.pooling import Pooling
 
@@ -29,7 +30,6 @@ BaseModel = Annotated[
 ]
 RoundId = Annotated[str, typer.Argument(metavar="ID", help="Of the round.")]
 TokenFile = Annotated[Path, typer.Option("--file", help="File of hashes; `tokens` of the Serve config.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
 @client_app.command(epilog="Example: `gt-ray client root http://127.0.0.1:8000`")

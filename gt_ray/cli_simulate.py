@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from gt_ray import progress
-from gt_ray.config import load_config, preset_names
+from gt_ray.cli_options import AsJson, Overrides, Preset, Quiet
+from gt_ray.config import load_config
 
 if TYPE_CHECKING:
     from gt_ray.studies.simulated_study import Interval, Prediction
@@ -27,13 +28,8 @@ WIDEST = 200
 
 
 def simulate(
-    preset: Annotated[
-        str, typer.Option("--preset", "-p", help=f"Preset, or a YAML file. Presets: {', '.join(preset_names())}")
-    ] = "qwen2.5-0.5b-to-32b",
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="Config overrides, such as `curation.adapters_at_once=1`."),
-    ] = None,
+    preset: Preset = "qwen2.5-0.5b-to-32b",
+    overrides: Overrides = None,
     gpus: Annotated[
         list[str] | None, typer.Option(help="How many GPUs of which kind; repeat it. None: 8 to 1,000 H100.")
     ] = None,
@@ -62,8 +58,8 @@ def simulate(
         Path | None, typer.Option(help="Run folder whose units' times count in place of the plan's.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of the model; intervals are over them.", min=1)] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Predict makespan and cost of a study by a model of its schedule, for each number of GPUs.
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gt_ray import progress
+from gt_ray.cli_options import AsJson
 from gt_ray.errors import UserError
 
 STYLES = {"running": "bold blue", "done": "green", "failed": "bold red", "interrupted": "yellow", "waiting": "dim"}
@@ -36,7 +37,7 @@ def status(
             max=65535,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show how a study or a run stands: stages, rates, queue, failures, time left; from its folder alone."""
     from gt_ray.studies.status import read_status

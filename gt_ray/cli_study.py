@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gt_ray import progress
+from gt_ray.cli_options import Quiet
 from gt_ray.config import load_config, preset_names
 from gt_ray.errors import UserError
 
@@ -45,7 +46,7 @@ def study(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what is left to do and what it takes.")] = False,
     gpus: Annotated[str, typer.Option(help="GPUs that --dry-run counts with.")] = "8xH100",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run the main job once per cell, a list of overrides over a base preset.
 

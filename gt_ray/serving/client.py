@@ -128,7 +128,7 @@ def finetune(
     else:
         ledger.begin(own["rows"], identity, mechanism)
     with bar("fine-tune", settings.steps) as progress:
-        progress.advance(resume.steps)
+        progress.skip(resume.steps)
         ((_, result),) = engine.fine_tune([one], settings, on_step=progress.advance, resume=resume)
     if isinstance(result, UserError):
         raise result

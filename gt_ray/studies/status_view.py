@@ -6,11 +6,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gt_ray.studies.facts import duration
+from gt_ray.studies.report import render
 from gt_ray.studies.stages import Stage, State
 from gt_ray.studies.status import SHARED, Run, Status
 
@@ -122,14 +120,9 @@ def said(status: Status) -> list[tuple[str, str]]:
 
 def page(status: Status) -> str:
     """The page: it needs nothing beside itself, and loads itself again as long as something may change."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("status.html.jinja").render(
+    return render(
+        "status.html.jinja",
+        title=f"{status.name} – gt-ray status",
         name=status.name,
         headline=headline(status),
         lines=list(lines(status)),
