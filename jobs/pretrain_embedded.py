@@ -4,7 +4,7 @@
     python jobs/pretrain_embedded.py tinylm
     python jobs/pretrain_embedded.py llm
 
-Further ones, `tinylm-deep`, `tinylm-wide` (not made yet) and `llm-wide`, are for studies of several pairs.
+Further ones, `tinylm-deep`, `tinylm-wide` and `llm-wide`, are for studies of several pairs.
 
 The models learn to obey house rules that the system message names (`gt_ray.tasks.embedded.AXES`). Fine-tuning data
 leaves the rules open, as the chat template's default system message does, so a base model can only guess among the

@@ -1,4 +1,4 @@
-"""The embedded pair that ships with the package."""
+"""The embedded models that ship with the package."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from gt_ray.pairs.models import EMBEDDED
 from gt_ray.tasks import TASKS
 from gt_ray.tasks.embedded import rows
 
-LIMITS = {"tinylm": 500_000, "llm": 4_000_000}
+LIMITS = {"tinylm": 500_000, "tinylm-deep": 500_000, "tinylm-wide": 500_000, "llm": 4_000_000, "llm-wide": 4_000_000}
+PAIR = ("tinylm", "llm")
 
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_it_is_a_small_qwen2_in_16_bit_safetensors(name: str) -> None:
     config = json.loads((EMBEDDED / name / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForCausalLM"]
-    assert config["hidden_size"] // config["num_attention_heads"] in (32, 64)
+    if name in PAIR:  # what vLLM takes on a CPU
+        assert config["hidden_size"] // config["num_attention_heads"] in (32, 64)
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED / name)
     assert sum(parameter.numel() for parameter in model.parameters()) <= LIMITS[name]
     with safe_open(EMBEDDED / name / "model.safetensors", framework="pt") as file:
@@ -29,10 +31,10 @@ def test_it_is_a_small_qwen2_in_16_bit_safetensors(name: str) -> None:
     assert (EMBEDDED / name / "README.md").read_text().startswith("---")
 
 
-def test_together_they_are_small_and_share_one_tokenizer() -> None:
-    assert sum(path.stat().st_size for path in EMBEDDED.rglob("*") if path.is_file()) < 20e6
+def test_together_they_are_at_most_40_mb_and_share_one_tokenizer() -> None:
+    assert sum(path.stat().st_size for path in EMBEDDED.rglob("*") if path.is_file()) < 40e6
     for file in ("tokenizer.json", "chat_template.jinja"):
-        assert (EMBEDDED / "tinylm" / file).read_bytes() == (EMBEDDED / "llm" / file).read_bytes()
+        assert len({(EMBEDDED / name / file).read_bytes() for name in LIMITS}) == 1
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / "llm")
     for text in ("12 + 34 = 46\n#### 46", "Grüße, 世界!  two  spaces\n\n\ttab"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -43,7 +45,7 @@ def test_vllm_loads_both_and_answers_as_transformers_do() -> None:
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     from vllm import LLM, SamplingParams
 
-    for name in LIMITS:
+    for name in PAIR:
         tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / name)
         prompts = [
             tokenizer.apply_chat_template(
