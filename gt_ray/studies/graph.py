@@ -24,7 +24,7 @@ from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.evaluation.run import score
 from gt_ray.studies.clock import devices_of_engines, devices_of_training, timed
-from gt_ray.studies.pipeline import pipeline
+from gt_ray.studies.pipeline import pipeline, prepare
 from gt_ray.studies.status import SHARED_RUN
 from gt_ray.studies.systems import load_plain, plain_systems
 from gt_ray.tasks.data import fingerprint
@@ -198,7 +198,7 @@ def run_node(node: Node, most_s: float | None) -> Outcome:
         if node.kind == "cell":
             report = pipeline(node.config)
         elif node.kind == "fine-tunes":
-            study = Study.load(node.config)
+            study = prepare(node.config)  # who watches knows by its config which cell it is
             with timed(study, "curate"):
                 _fine_tune(study, set(node.keys), most_s)
         else:

@@ -12,6 +12,7 @@ import pytest
 from gt_ray.config import load_config
 from gt_ray.errors import UserError
 from gt_ray.studies.graph import BUDGET, Outcome, graph_of, needed, run_graph
+from gt_ray.studies.status import read_status
 from gt_ray.studies.study import Sweep, run_study
 from gt_ray.studies.study_plan import plan_configs, plan_sweep
 from tests.conftest import TINY_OVERRIDES
@@ -116,6 +117,8 @@ def test_a_study_that_fails_stops_and_goes_on(
     tree = json.loads((folder / "study.json").read_text())
     assert not tree["cells"] and tree["waiting"] == cells and tree["device_hours"] > 0
     assert "failed" not in tree
+    named = {run.name for run in read_status(folder).runs}
+    assert named == {"the preset as it is", *(" ".join(cell) for cell in cells[1:])}  # the one that began among them
     before = Sweep("embedded", common, cells, "sweep")
     (plan, *others) = plan_sweep(before, "8xH100")
     assert plan.fine_tunes and 0 < plan.fine_tunes[0] < plan.fine_tunes[1]
