@@ -193,6 +193,11 @@ def _study(folder: Path, cells: Sequence[Path], now: float) -> list[Run]:
         run = named(entry) or Run(label, "waiting")
         if state != "waiting" and run.state != "running":  # else a failed cell is being tried again
             run = replace(run, state=state)
+        begun = [(stage.name, stage.state) for stage in run.stages if stage.state != "waiting"]
+        if state == "waiting" and begun == [("curate", "done")]:
+            run = replace(
+                run, state="waiting"
+            )  # its fine-tunes are a node of their own (graph.py): others may come first
         if (error := str(entry.get("error") or "")) and run.state == "failed" and error not in " ".join(run.failures):
             run = replace(run, failures=(*run.failures, error))
         found.append(replace(run, name=label, overrides=overrides))

@@ -146,6 +146,16 @@ def test_shared_work_of_a_study_comes_first(tmp_path: Path) -> None:
     assert (first.name, first.state, first.stages[0].queue) == (SHARED, "running", 6)
 
 
+def test_a_cell_whose_fine_tunes_are_done_waits_while_those_of_others_run(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "sizes"
+    make_cell(folder, ("seed=1",), *finished(0, {"curate": 60.0}))
+    make_cell(folder, ("seed=2",), started(60, "curate"))
+    write_study(folder, waiting=[["seed=1"], ["seed=2"]])
+    found = by_name(read_status(folder, T0 + 70))
+    assert (found["seed=1"].state, found["seed=2"].state) == ("waiting", "running")
+    assert found["seed=1"].stages[0].state == "done"
+
+
 def test_a_killed_study_is_interrupted(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "sizes"
     done = make_cell(folder, ("seed=1",), *finished(0, STAGE_S, GONE))
