@@ -31,6 +31,8 @@ RESAMPLES = 2000
 
 ByClient = Mapping[str, ClientScores]
 """One system's scores, by client."""
+BySystem = Mapping[str, ByClient]
+"""All systems' scores of one task."""
 
 
 def report_rows(results: Sequence[ClientScores], seed: int) -> list[dict[str, Any]]:
@@ -115,11 +117,11 @@ def summarise(results: Sequence[ClientScores]) -> dict[str, Any]:
     whole: dict[str, dict[str, ClientScores]] = {}
     for result in results:
         whole.setdefault(result.system.name, {})[result.client.name] = result
-    summary["average"] = _average(list(summary.values()), whole)
+    summary["average"] = _average(summary, tasks, whole)
     return summary
 
 
-def _entry(by_system: Mapping[str, ByClient]) -> dict[str, Any]:
+def _entry(by_system: BySystem) -> dict[str, Any]:
     means = {
         name: float(np.mean([_scores(result).mean() for result in clients.values()]))
         for name, clients in by_system.items()
@@ -150,12 +152,13 @@ def _entry(by_system: Mapping[str, ByClient]) -> dict[str, Any]:
                 name: 100 * (mean - means["P_S"]) / gap for name, mean in means.items() if name not in ("P_S", "P_T")
             }
             entry["pgr"] = entry["pgr_of"].pop("ours")
-            entry["pgr_interval"] = _share_interval(by_system, "P_S", _scores)
-    return entry | _comparisons(entry, by_system)
+            entry["pgr_interval"] = _percentiles(_share(_draws(by_system, "P_S", _scores, np.random.default_rng(0))))
+    return entry | _comparisons(entry, by_system, [by_system])
 
 
-def _average(entries: Sequence[dict[str, Any]], whole: Mapping[str, ByClient]) -> dict[str, Any]:
+def _average(by_task: Mapping[str, dict[str, Any]], tasks: Mapping[str, BySystem], whole: BySystem) -> dict[str, Any]:
     """Tasks weigh alike, and PGR is averaged over tasks after scores are averaged over clients."""
+    entries = list(by_task.values())
     average: dict[str, Any] = {"tasks": len(entries)}
     for name in MAIN:
         if any(name in entry for entry in entries):
@@ -167,10 +170,12 @@ def _average(entries: Sequence[dict[str, Any]], whole: Mapping[str, ByClient]) -
         average["pgr"], average["pgr_tasks"] = _mean(pgrs), len(pgrs)
         names = dict.fromkeys(name for entry in entries for name in entry.get("pgr_of", {}))
         average["pgr_of"] = {name: _mean(entry.get("pgr_of", {}).get(name) for entry in entries) for name in names}
-        average["pgr_interval"] = _share_interval(whole, "P_S", _scores)
+        rng = np.random.default_rng(0)
+        shares = [_share(_draws(tasks[name], "P_S", _scores, rng)) for name, entry in by_task.items() if "pgr" in entry]
+        average["pgr_interval"] = _percentiles(np.mean(shares, axis=0))
     elif any("pgr_absent" in entry for entry in entries):
         average["pgr_absent"] = "absent in every task"
-    return average | (_comparisons(average, whole) if "ours" in whole else {})
+    return average | (_comparisons(average, whole, list(tasks.values())) if "ours" in whole else {})
 
 
 def difference(first: ByClient, second: ByClient) -> dict[str, float]:
@@ -182,12 +187,13 @@ def _mean(values: Iterable[float | None]) -> float:
     return float(np.mean([value for value in values if value is not None]))
 
 
-def _comparisons(entry: Mapping[str, Any], by_system: Mapping[str, ByClient]) -> dict[str, Any]:
+def _comparisons(entry: Mapping[str, Any], by_system: BySystem, tasks: Sequence[BySystem]) -> dict[str, Any]:
     """What an entry says of `ours`, by scores and by log-likelihoods: gain recovered, share closed of the gap between
     the best control and P_T, difference to every other system.
 
     Args:
         entry: the means.
+        tasks: `by_system` by task.
     """
     scores = {name: entry[name] for name in MAIN if name in entry} | entry["controls"] | entry["baselines"]
     found: dict[str, Any] = {}
@@ -197,7 +203,7 @@ def _comparisons(entry: Mapping[str, Any], by_system: Mapping[str, ByClient]) ->
     ):
         if "ours" not in means:
             continue
-        found |= {f"{key}{suffix}": value for key, value in _recovered(means, by_system, values).items()}
+        found |= {f"{key}{suffix}": value for key, value in _recovered(means, by_system, tasks, values).items()}
         closed = _gap_closed(means, entry["controls"], by_system, values)
         found |= {f"{key}{suffix}": value for key, value in closed.items()}
         found[f"ours_minus{suffix}"] = {
@@ -209,7 +215,10 @@ def _comparisons(entry: Mapping[str, Any], by_system: Mapping[str, ByClient]) ->
 
 
 def _recovered(
-    means: Mapping[str, float], by_system: Mapping[str, ByClient], values: Callable[[ClientScores], Any]
+    means: Mapping[str, float],
+    by_system: BySystem,
+    tasks: Sequence[BySystem],
+    values: Callable[[ClientScores], Any],
 ) -> dict[str, Any]:
     """(ours - base_T) / (P_T - base_T) in percent with a 95 % interval, where fine-tuning gains more than noise."""
     if not {"base_T", "P_T"} <= means.keys():
@@ -217,33 +226,48 @@ def _recovered(
     gain, gain_se = _paired(by_system["P_T"], by_system["base_T"], values)
     if gain <= 2 * gain_se or means["P_T"] <= means["base_T"]:
         return {}
+    rng = np.random.default_rng(0)
+    whole = [one for one in tasks if {"ours", "P_T", "base_T"} <= one.keys()]
+    draws = np.mean([_draws(one, "base_T", values, rng) for one in whole], axis=0)
     return {
         "gain_recovered": 100 * (means["ours"] - means["base_T"]) / (means["P_T"] - means["base_T"]),
-        "gain_recovered_interval": _share_interval(by_system, "base_T", values),
+        "gain_recovered_interval": _percentiles(_share(draws)),
     }
 
 
-def _share_interval(
-    by_system: Mapping[str, ByClient], floor: str, values: Callable[[ClientScores], Any]
-) -> list[float]:
-    """95 % bootstrap interval over clients of (ours - floor) / (P_T - floor), in percent."""
-    names = [name for name in by_system["ours"] if name in by_system["P_T"] and name in by_system[floor]]
-    ours, best, base = (
-        np.asarray([np.nanmean(values(by_system[system][name])) for name in names]) for system in ("ours", "P_T", floor)
-    )
-    read = np.isfinite(ours) & np.isfinite(best) & np.isfinite(base)
-    ours, best, base = ours[read], best[read], base[read]
-    picks = np.random.default_rng(0).integers(0, len(ours), (RESAMPLES, len(ours)))
+def _draws(by_system: BySystem, floor: str, values: Callable[[ClientScores], Any], rng: np.random.Generator) -> Any:
+    """Means [RESAMPLES, 3] of ours, P_T and the floor: clients are resampled, and the means of each are drawn together
+    from the errors of its test rows, on which the three are paired."""
+    systems = [by_system[name] for name in ("ours", "P_T", floor)]
+    means, roots = [], []
+    for client in systems[0]:
+        if all(client in one for one in systems):
+            rows = np.stack([values(one[client]) for one in systems])
+            if (n := (rows := rows[:, np.isfinite(rows).all(0)]).shape[1]) > 0:
+                means.append(rows.mean(1))
+                variances, axes = np.linalg.eigh(np.cov(rows) / n if n > 1 else np.zeros((3, 3)))
+                roots.append(axes * np.sqrt(variances.clip(0)))
+    picks = rng.integers(0, len(means), (RESAMPLES, len(means)))
+    noise = np.einsum("rcij,rcj->rci", np.stack(roots)[picks], rng.standard_normal((*picks.shape, 3)))
+    return (np.stack(means)[picks] + noise).mean(1)
+
+
+def _share(draws: Any) -> Any:
+    """(ours - floor) / (P_T - floor) in percent of each of the draws [n, 3]."""
+    ours, best, floor = draws.T
     with np.errstate(divide="ignore", invalid="ignore"):
-        shares = 100 * (ours - base)[picks].mean(1) / (best - base)[picks].mean(1)
-    low, high = np.percentile(shares[np.isfinite(shares)], [2.5, 97.5])
+        return 100 * (ours - floor) / (best - floor)
+
+
+def _percentiles(draws: Any) -> list[float]:
+    low, high = np.percentile(draws[np.isfinite(draws)], [2.5, 97.5])
     return [float(low), float(high)]
 
 
 def _gap_closed(
     means: Mapping[str, float],
     controls: Iterable[str],
-    by_system: Mapping[str, ByClient],
+    by_system: BySystem,
     values: Callable[[ClientScores], Any],
 ) -> dict[str, Any]:
     """The best control, and (ours - it) / (P_T - it) in percent, where that gap is more than noise."""
