@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from gt_ray import progress
 from gt_ray.cli_options import Quiet
-from gt_ray.config import load_config, preset_names
+from gt_ray.config import load_config, preset_names, split_overrides
 from gt_ray.errors import UserError
 
 
@@ -57,7 +56,7 @@ def study(
     progress.quiet(quiet)
     config = load_config(preset, overrides or [])
     name = name or (config.preset if config.table else "study")
-    cells = [shlex.split(text) for text in cell or []]
+    cells = [split_overrides(text) for text in cell or []]
     if dry_run:
         _print_plan(preset, overrides or [], cells, name, gpus, max_gpu_hours)
         return
@@ -79,8 +78,10 @@ def _print_plan(
 
     cells = load_config(preset, overrides).sweep(cells)
     configs = cell_configs(preset, overrides, cells, name)
+    spent = 0.0
     try:
-        lines = plan_sweep(Sweep(preset, overrides, cells, name), gpus)
+        sweep = Sweep(preset, overrides, cells, name)
+        lines, spent = plan_sweep(sweep, gpus), sweep.device_s() / 3600
     except UserError as error:
         progress.say(f"from configs alone, as if nothing were done: {error}")
         lines = plan_configs(configs, gpus)
@@ -94,7 +95,9 @@ def _print_plan(
     known = [line.gpu_hours for line in lines if line.gpu_hours is not None]
     measured = [line.measured for line in lines if line.measured is not None]
     grid.add_section()
-    grid.add_row("in all", "", "", _hours(sum(known)), "", _hours(sum(measured)) if measured else "-")
+    least = ["at least " * (len(found) < len(lines)) for found in (known, measured)]
+    totals = [text + _hours(sum(found)) if found else "-" for text, found in zip(least, (known, measured), strict=True)]
+    grid.add_row("in all", "", "", totals[0], "", totals[1])
     console.print(grid)
     console.print(
         "GPU-hours and hours are those of `gt-ray plan`, a dash where training does not fit; as measured: device-hours "
@@ -102,8 +105,11 @@ def _print_plan(
     )
     for n, cell in enumerate(cells):
         console.print(f"cell {n + 1}: {' '.join(cell) or 'the preset as it is'}", highlight=False, markup=False)
-    if budget is not None and sum(known) > budget:
-        console.print(f"The budget of {budget:g} GPU-hours will not last; the study goes on with a larger one.")
+    if budget is not None and spent + sum(known) > budget:
+        console.print(
+            f"The budget of {budget:g} GPU-hours, of which {_hours(spent)} are spent, will not last; the study goes on "
+            "with a larger one."
+        )
 
 
 def _hours(hours: float | None) -> str:

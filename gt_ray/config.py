@@ -167,7 +167,7 @@ class Config(Section):
             _check_key(key)
             if not values:
                 raise UserError(f"grid.{key} has no values")
-        named = [list(cell) for cell in cells] or [shlex.split(cell) for cell in self.cells] or [[]]
+        named = [list(cell) for cell in cells] or [split_overrides(cell) for cell in self.cells] or [[]]
         axes = [[f"{key}={_as_yaml(value)}" for value in values] for key, values in self.grid.items()]
         return [[*cell, *point] for cell in named for point in itertools.product(*axes)]
 
@@ -209,6 +209,20 @@ def _as_yaml(value: Any) -> str:
 def preset_names() -> list[str]:
     """Presets that ship with the package."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def split_overrides(text: str) -> list[str]:
+    """The overrides of a cell, which spaces separate, as in a shell.
+
+    Raises:
+        UserError: a quote is not closed.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(
+            f"cell {text!r}: {error}; write a quote as \\', and quote what has spaces: \"'data.tasks=[drop, gsm8k]'\""
+        ) from error
 
 
 def load_config(preset: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:

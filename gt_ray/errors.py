@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Input, configuration or a file is wrong. The message says what, where and what to do; the CLI prints only it."""
 
 
+class OutOfBudget(UserError):
+    """What a study may spend is spent; nothing is wrong, and the same command with more goes on."""
+
+
 def user_error_in(error: BaseException | None) -> UserError | None:
     """The UserError inside what Ray wrapped around it, if there is one."""
     seen: set[int] = set()

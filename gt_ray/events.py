@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from gt_ray.errors import reason
+from gt_ray.errors import OutOfBudget, reason
 
 TICK_S = 1.0
 """Between two looks of the writing thread."""
@@ -212,6 +212,9 @@ def during(stage: str, config: str = "") -> Iterator[None]:
     event, note = "end", ""
     try:
         yield
+    except OutOfBudget:
+        event = "interrupted"
+        raise
     except Exception as error:
         event, note = "failed", reason(error)
         raise

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from gt_ray import events
-from gt_ray.errors import UserError
+from gt_ray.errors import OutOfBudget, UserError
 from gt_ray.events import Counts, EventLog, counting, during, events_file, here, recording, say
 from gt_ray.studies.stages import read_events
 
@@ -92,6 +92,7 @@ def test_a_recording_inside_one_of_the_same_run_is_the_same(tmp_path: Path) -> N
         (UserError("rank 4, not 2\nand what Ray adds"), "failed", "rank 4, not 2"),
         (ValueError("no"), "failed", "ValueError: no"),
         (KeyboardInterrupt(), "interrupted", None),
+        (OutOfBudget("the budget is spent"), "interrupted", None),
     ],
 )
 def test_how_a_stage_ends_is_told(error: BaseException, event: str, note: str | None, tmp_path: Path) -> None:

@@ -34,24 +34,24 @@ def timed(study: Study, stage: str, devices: Callable[[Config], float] = lambda 
     """
     start = time.perf_counter()
     try:
-        with recording(study.config.run_folder), during(stage, settings_key(study)):
+        with recording(study.config.run_folder), during(stage, settings_key(study.config)):
             yield
     finally:
         wall_s = time.perf_counter() - start
-        record = recorded(study)
+        record = recorded(study.config)
         for kind, seconds in (("wall_s", wall_s), ("device_s", wall_s * devices(study.config))):
             record[kind][stage] = record[kind].get(stage, 0.0) + seconds
-        content = json.dumps({"config": settings_key(study), **record})
+        content = json.dumps({"config": settings_key(study.config), **record})
         write_atomically(study.config.run_folder / WALL, content.encode())
 
 
-def recorded(study: Study) -> dict[str, dict[str, float]]:
+def recorded(config: Config) -> dict[str, dict[str, float]]:
     """`wall_s` and `device_s` by stage, of runs with the same settings."""
     try:
-        found = json.loads((study.config.run_folder / WALL).read_text(encoding="utf-8"))
+        found = json.loads((config.run_folder / WALL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = {}
-    same = found.get("config") == settings_key(study)
+    same = found.get("config") == settings_key(config)
     return {kind: dict(found.get(kind, {})) if same else {} for kind in ("wall_s", "device_s")}
 
 
@@ -117,7 +117,7 @@ def times(study: Study, ceilings: Sequence[FineTuneJob]) -> dict[str, Any]:
 
     curated = {f"curate_{side}_s": sum(of(jobs)) for side, jobs in shadows.items()}
     alone = {side: of(jobs) for side, jobs in clients.items()}
-    stages = recorded(study)
+    stages = recorded(study.config)
     stages["device_s"] |= {
         "curate": sum(curated.values()),
         "clients": sum(alone["tinylm"]),
@@ -141,6 +141,6 @@ def times(study: Study, ceilings: Sequence[FineTuneJob]) -> dict[str, Any]:
     }
 
 
-def settings_key(study: Study) -> str:
+def settings_key(config: Config) -> str:
     """Of what a run's times and events are of."""
-    return unit_key(study.config.model_dump(mode="json", exclude=set(OF_STUDY)))
+    return unit_key(config.model_dump(mode="json", exclude=set(OF_STUDY)))

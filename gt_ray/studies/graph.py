@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from gt_ray.cluster import connect, nodes, total
@@ -21,7 +21,7 @@ from gt_ray.config import Config
 from gt_ray.curation.jobs import SIDES, FineTuneJob
 from gt_ray.curation.run import run_fine_tunes
 from gt_ray.curation.study import Study
-from gt_ray.errors import UserError
+from gt_ray.errors import OutOfBudget, reason, user_error_in
 from gt_ray.evaluation.run import score
 from gt_ray.studies.clock import devices_of_engines, devices_of_training, timed
 from gt_ray.studies.pipeline import pipeline, prepare
@@ -29,8 +29,6 @@ from gt_ray.studies.status import SHARED_RUN
 from gt_ray.studies.systems import load_plain, plain_systems
 from gt_ray.tasks.data import fingerprint
 from gt_ray.updates.store import unit_key
-
-BUDGET = "the budget is spent"
 
 
 @dataclass(frozen=True)
@@ -63,16 +61,13 @@ class Outcome:
     Attributes:
         report: of a cell.
         error: why it failed; empty where it did not.
+        out_of_budget: whether it ended for that alone.
     """
 
     wall_s: float
     report: dict[str, Any] | None = None
     error: str = ""
-
-    @property
-    def spent(self) -> bool:
-        """Whether it ended for the budget."""
-        return self.error == BUDGET
+    out_of_budget: bool = False
 
 
 def graph_of(
@@ -162,18 +157,24 @@ def run_graph(
     while waiting or running:
         left = left_s()
         ready = [node for node in waiting if done.issuperset(node.needs)] if left is None or left > 0 else []
-        for node in ready[: parallel - len(running)]:
+        ready = ready[: parallel - len(running)]
+        for node in ready:
             waiting.remove(node)
-            running[elsewhere.remote(node, left)] = node
+            share = None if left is None else left / (len(running) + len(ready))
+            # Paths that are relative are so to the driver's folder, not to a worker's.
+            running[elsewhere.remote(replace(node, config=node.config.absolute()), share)] = node
         if not running:
             return
         (answered,), _ = ray.wait(list(running))
         node = running.pop(answered)
-        done.add(node.name)
         try:
             outcome = ray.get(answered)
         except ray.exceptions.RayError as error:  # its process died
             outcome = Outcome(0.0, error=" ".join(str(error).split())[-400:])
+        if outcome.out_of_budget and (left_s() or 0.0) > 0:
+            waiting.insert(0, node)  # it had a share of the budget alone, and others have left some of theirs
+            continue
+        done.add(node.name)
         yield node, outcome
 
 
@@ -193,24 +194,30 @@ def places(configs: Sequence[Config]) -> int:
 def run_node(node: Node, most_s: float | None) -> Outcome:
     """Do a node's work; one node's fault is not the others'."""
     start = time.perf_counter()
-    report, error = None, ""
     try:
         if node.kind == "cell":
             report = pipeline(node.config)
-        elif node.kind == "fine-tunes":
+            return Outcome(time.perf_counter() - start, report)
+        if node.kind == "fine-tunes":
             study = prepare(node.config)  # who watches knows by its config which cell it is
             with timed(study, "curate"):
                 _fine_tune(study, set(node.keys), most_s)
         else:
-            study = Study.load(node.config.model_copy(update={"name": SHARED_RUN}))
+            study = Study.load(shared_run(node.config))
             with timed(study, "evaluate", devices_of_engines):
                 _score(study, set(node.keys))
-    except UserError as wrong:
-        error = str(wrong)
+    except OutOfBudget:
+        return Outcome(time.perf_counter() - start, out_of_budget=True)
     except Exception as wrong:
-        traceback.print_exc()
-        error = f"{type(wrong).__name__}: {wrong}"
-    return Outcome(time.perf_counter() - start, report, error)
+        if user_error_in(wrong) is None:
+            traceback.print_exc()
+        return Outcome(time.perf_counter() - start, error=reason(wrong))
+    return Outcome(time.perf_counter() - start)
+
+
+def shared_run(cell: Config) -> Config:
+    """Of the run, beside the cells, that scores what is of a cell and others need, too."""
+    return cell.model_copy(update={"name": f"{SHARED_RUN}-{cell.name}"})
 
 
 def _fine_tune(study: Study, keys: set[str], most_s: float | None) -> None:
@@ -220,7 +227,7 @@ def _fine_tune(study: Study, keys: set[str], most_s: float | None) -> None:
         nonlocal spent_s
         spent_s += study.store.header(key).meta.device_s
         if most_s is not None and spent_s >= most_s:
-            raise UserError(BUDGET)
+            raise OutOfBudget("the budget is spent")
 
     for one in (study, *study.further):
         run_fine_tunes(one, [job for job in fine_tunes_of(one) if job.key in keys], "fine-tunes", count)

@@ -17,15 +17,15 @@ from gt_ray.config import Config
 from gt_ray.errors import UserError
 from gt_ray.events import ALIVE_S, events_file
 from gt_ray.studies.cells import Overrides, config_of, is_cell
-from gt_ray.studies.stages import Stage, State, last_process, read_events, stages_of
+from gt_ray.studies.stages import SILENT_S, Stage, State, last_process, read_events, stages_of
 
 STAGES = ("curate", "train", "train_controls", "clients", "generate", "ceilings", "baselines", "evaluate")
 """Of the main job, in their order; baselines only where the config asks for some."""
 
 SHARED = "shared scores"
+"""What a study does for several cells at once,"""
 SHARED_RUN = ".shared"
-"""Where they are made, beside the cells (graph.py)."""
-"""What a study does for several cells at once, recorded in its own folder."""
+"""in folders beside the cells (graph.py): `.shared-<cell>`."""
 
 SAID = 5
 """Latest lines that a run has told."""
@@ -55,6 +55,11 @@ class Run:
     left_s: float | None = None
     failures: tuple[str, ...] = ()
     said: tuple[str, ...] = ()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it is no cell, but scores what several need."""
+        return self.name.startswith(SHARED)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def read_status(folder: Path, now: float | None = None) -> Status:
     cells = sorted(path for path in folder.glob("cell-*") if _is_run(path))
     if (folder / "study.json").is_file() or cells:
         runs, left_s = _with_time_left(_study(folder, cells, now))
-        state = _of_study(runs)
+        state = _of_study(runs, now)
         return Status(name, "study", state, now, runs, **_span(runs, now), left_s=left_s)
     if not _is_run(folder):
         inside = sorted(path.name for path in folder.glob("*") if _is_run(path) or (path / "study.json").is_file())
@@ -110,7 +115,9 @@ def read_status(folder: Path, now: float | None = None) -> Status:
             f"{folder} is neither a run nor a study: it has no study.json, config.yaml or events{known}; "
             "name one of the folders under `runs`, such as runs/embedded-seed0"
         )
-    run = _timed_left(_run(folder, now), {})
+    run = _run(folder, now)
+    if run.state == "running":
+        run = replace(run, left_s=_left_s(run, {}))
     return Status(name, "run", run.state, now, (run,), **_span((run,), now), left_s=run.left_s)
 
 
@@ -215,7 +222,12 @@ def _study(folder: Path, cells: Sequence[Path], now: float) -> list[Run]:
     found += [run for run in by_name.values() if "waiting" not in tree or run.state == "running"]
     order: list[State] = ["done", "failed", "interrupted", "running", "waiting"]
     found.sort(key=lambda run: order.index(run.state))
-    shared = [_run(folder / SHARED_RUN, now, SHARED)] if events_file(folder / SHARED_RUN).is_file() else []
+    names = {run.folder: run.name for run in found}
+    shared = []
+    for place in sorted(folder.glob(f"{SHARED_RUN}-*")):
+        cell = place.name.removeprefix(f"{SHARED_RUN}-")
+        if events_file(place).is_file():
+            shared.append(_run(place, now, f"{SHARED} of {names.get(cell, cell)}"))
     return [*shared, *found]
 
 
@@ -243,8 +255,11 @@ def _walls(folder: Path) -> dict[str, float]:
     return {}
 
 
-def _of_study(runs: Sequence[Run]) -> State:
+def _of_study(runs: Sequence[Run], now: float) -> State:
     states = [run.state for run in runs]
+    lasts = [run.last for run in runs if run.last is not None]
+    if "waiting" in states and "running" not in states and lasts and now - max(lasts) > SILENT_S:
+        return "interrupted"  # nobody does what waits: a budget is spent, or the study was killed between two cells
     order: list[State] = ["running", "waiting", "interrupted", "failed", "done"]
     if "interrupted" in states and "running" not in states:
         return "interrupted"  # whoever ran the cells is gone
@@ -263,7 +278,7 @@ def _span(runs: Sequence[Run], now: float) -> dict[str, float | None]:
 
 def _with_time_left(runs: Sequence[Run]) -> tuple[tuple[Run, ...], float | None]:
     """The runs with their time left, and that of all of them: what is left of each, shared by as many as run now."""
-    finished = [run for run in runs if run.state == "done" and run.name != SHARED]
+    finished = [run for run in runs if run.state == "done" and not run.is_shared]
     took: dict[str, list[float]] = {}
     for stage in chain.from_iterable(run.stages for run in finished):
         if stage.elapsed_s is not None:
@@ -273,8 +288,10 @@ def _with_time_left(runs: Sequence[Run]) -> tuple[tuple[Run, ...], float | None]
     found, each = [], []
     for run in runs:
         if run.state == "running":
-            run = _timed_left(run, usual)
+            run = replace(run, left_s=_left_s(run, usual))
             each.append(run.left_s)
+        elif run.state == "waiting" and any(stage.state == "done" for stage in run.stages):
+            each.append(_left_s(run, usual))
         elif run.state == "waiting":
             each.append(median(whole) if whole else None)
         found.append(run)
@@ -285,8 +302,8 @@ def _with_time_left(runs: Sequence[Run]) -> tuple[tuple[Run, ...], float | None]
     return tuple(found), max(max(known), sum(known) / at_once)
 
 
-def _timed_left(run: Run, usual: Mapping[str, float]) -> Run:
-    """Its time left: of the running stages by their rates, else, as of those that wait, by what other cells took."""
+def _left_s(run: Run, usual: Mapping[str, float]) -> float | None:
+    """Time left of a run: of running stages by their rates, else, as of those that wait, by what other cells took."""
 
     def lefts() -> Iterator[float | None]:
         for stage in run.stages:
@@ -296,11 +313,9 @@ def _timed_left(run: Run, usual: Mapping[str, float]) -> Run:
                 took = usual.get(stage.name)
                 yield None if took is None else max(0.0, took - (stage.elapsed_s or 0.0))
 
-    if run.state != "running":
-        return run
     found = list(lefts())
     known = [left for left in found if left is not None]
-    return replace(run, left_s=sum(known) if len(known) == len(found) else None)
+    return sum(known) if len(known) == len(found) else None
 
 
 def _sum(values: Iterator[float]) -> float | None:

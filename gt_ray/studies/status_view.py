@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from gt_ray.studies.facts import duration
 from gt_ray.studies.report import render
 from gt_ray.studies.stages import Stage, State
-from gt_ray.studies.status import SHARED, Run, Status
+from gt_ray.studies.status import Run, Status
 
 REFRESH_S = 5
 """Between two looks of the page."""
@@ -41,7 +41,7 @@ def headline(status: Status) -> str:
     """The whole in a sentence."""
     facts = [f"{status.kind} {status.name}: {status.state}"]
     if status.kind == "study":
-        states = Counter(run.state for run in status.runs if run.name != SHARED)
+        states = Counter(run.state for run in status.runs if not run.is_shared)
         facts.append(", ".join(f"{n} {state}" for state, n in states.items()) + f" of {states.total()} cells")
     if status.started is not None:
         facts.append("started " + time.strftime("%Y-%m-%d %H:%M", time.localtime(status.started)))

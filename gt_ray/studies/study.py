@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,21 @@ from gt_ray.errors import UserError
 from gt_ray.evaluation.run import scores_of_report
 from gt_ray.evaluation.summary import by_population
 from gt_ray.progress import say
-from gt_ray.studies.graph import Node, Outcome, fine_tunes_of, graph_of, needed, places, plain_scores, run_graph
+from gt_ray.studies.clock import recorded
+from gt_ray.studies.graph import (
+    Node,
+    Outcome,
+    fine_tunes_of,
+    graph_of,
+    needed,
+    places,
+    plain_scores,
+    run_graph,
+    shared_run,
+)
 from gt_ray.studies.paper import write_table
 from gt_ray.studies.study_report import write_study_report
-from gt_ray.updates.files import write_atomically
+from gt_ray.updates.files import alone, write_atomically
 from gt_ray.updates.store import UpdateStore, unit_key
 
 FOUND = "found.json"
@@ -65,7 +77,7 @@ class Sweep:
             say(f"study {self.name}: {self.title(node.cell)} is done")
         elif node.kind == "cell":
             self.errors[node.cell] = outcome.error
-        if outcome.error and not outcome.spent:
+        if outcome.error:
             say(f"study {self.name}: {node.name} failed: {outcome.error}")
         self.write(self.tree())
 
@@ -74,25 +86,37 @@ class Sweep:
         cell = " ".join(self.cells[number]) or "the preset as it is"
         return f"cell {number + 1} of {len(self.cells)}: {cell}"
 
+    def begin(self) -> None:
+        """Note which units the store has before the study adds any."""
+        keys = [key for node in self.graph for key in node.keys]
+        content = {"had": sorted(self._had()), "seen": sorted(self._found()["seen"] | set(keys))}
+        write_atomically(self.folder / FOUND, json.dumps(content).encode())
+
     def device_s(self) -> float:
         """Device-seconds that the study has spent, over all its runs: of units that the store did not have before, and
-        of finished cells. What else a cell that was cut off did is not known."""
+        of the other stages of its cells, whatever became of them."""
         if not self._spent:
             self._spent = dict.fromkeys(self._had(), 0.0)
         for node in self.graph:
             new = [key for key in node.keys if key not in self._spent]
             found = unit_device_s(UpdateStore(node.config.store), new)
             self._spent |= {key: seconds for key, seconds in found.items() if seconds is not None}
-        stages: list[dict[str, float]] = [report.get("device_s", {}) for report in self.reports.values()]
+        cells = [study.config for study in self.studies]
+        stages = [recorded(config)["device_s"] for config in (*cells, *map(shared_run, cells))]
         return sum(self._spent.values()) + sum(s for one in stages for name, s in one.items() if name not in OF_UNITS)
 
-    def _had(self) -> list[str]:
-        """Units that were in the store when the study began."""
-        if isinstance(had := _read(self.folder / FOUND), list):
-            return had
-        stores = [(UpdateStore(node.config.store), node.keys) for node in self.graph]
-        had = [key for store, keys in stores for key, s in unit_device_s(store, keys).items() if s is not None]
-        write_atomically(self.folder / FOUND, json.dumps(had).encode())
+    def _found(self) -> dict[str, set[str]]:
+        """Units that were there before the study, and all that it has known of; cells may be added later."""
+        told = _read(self.folder / FOUND)
+        told = told if isinstance(told, dict) else {}
+        return {name: set(map(str, told.get(name, ()))) for name in ("had", "seen")}
+
+    def _had(self) -> set[str]:
+        """Units that were in the store when the study came to know of them."""
+        had, seen = self._found().values()
+        for node in self.graph:
+            found = unit_device_s(UpdateStore(node.config.store), [key for key in node.keys if key not in seen])
+            had |= {key for key, seconds in found.items() if seconds is not None}
         return had
 
     def tree(self) -> dict[str, Any]:
@@ -143,11 +167,23 @@ def run_study(
         max_device_hours: of GPUs, or without GPUs of cores; where they are spent, no further work is started.
 
     Raises:
-        UserError: a config is wrong, or two cells are the same; or, at the end, cells have failed or wait for a larger
-            budget.
+        UserError: a config is wrong, two cells are the same, or another process runs the study; or, at the end, cells
+            have failed or wait for a larger budget.
     """
     sweep = Sweep(preset, common, cells, name)
-    sweep.device_s()  # notes what the store has before anything is added
+    with alone(sweep.folder, partial(_refuse, sweep)):
+        return _run(sweep, parallel, max_device_hours)
+
+
+def _refuse(sweep: Sweep) -> None:
+    raise UserError(
+        f"study {sweep.name}: another process runs it in {sweep.folder}; see `gt-ray status {sweep.folder}`, or give "
+        "another --name"
+    )
+
+
+def _run(sweep: Sweep, parallel: int | None, max_device_hours: float | None) -> dict[str, Any]:
+    sweep.begin()
     if len(sweep.reports) < len(sweep.cells):
         sweep.write(sweep.tree())  # who watches sees what is to come
         parallel = parallel or (places(sweep.configs) if len(sweep.cells) > 1 else 1)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from gt_ray.config import load_config
 from gt_ray.errors import UserError
 from gt_ray.studies.curves import AHEAD, Curve
 from gt_ray.studies.facts import duration, finite, intervals_of, scores_of
@@ -159,12 +161,16 @@ def _common(tree: Mapping[str, Any]) -> list[str]:
 def _command(tree: Mapping[str, Any], folder: Path) -> str:
     """The command that makes the whole study, finished cells or not."""
     waiting = [*(one["overrides"] for one in tree.get("failed") or ()), *(tree.get("waiting") or ())]
-    cells = [shlex.join(map(str, one)) for one in [*(cell["overrides"] for cell in tree["cells"]), *waiting]]
-    name = str(tree.get("name") or folder.resolve().name)
-    preset = ["--preset", str(tree.get("preset", "")), "--name", name]
-    return shlex.join(
-        ["gt-ray", "study", *preset, *(part for cell in cells for part in ("--cell", cell)), *_common(tree)]
-    )
+    cells = [list(map(str, one)) for one in [*(cell["overrides"] for cell in tree["cells"]), *waiting]]
+    name, preset, common = str(tree.get("name") or folder.resolve().name), str(tree.get("preset", "")), _common(tree)
+    command = ["gt-ray", "study", "--preset", preset, "--name", name]
+    whole = None
+    with suppress(UserError):  # a preset that is no longer there
+        whole = load_config(preset, common).sweep()
+    if whole is None or sorted(whole) != sorted(cells):
+        command += [part for cell in cells for part in ("--cell", shlex.join(cell))]
+        common = [*common, "grid={}"]  # its points are in the cells
+    return shlex.join([*command, *common])
 
 
 def _lead(tree: Mapping[str, Any], cells: Sequence[Cell], sweep: Sweep) -> str:

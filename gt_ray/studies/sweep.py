@@ -73,7 +73,7 @@ class Point:
         draws_R = self.draws(system)
         if draws_R is None or draws_R.std() <= NOTHING:
             return None
-        low, high = np.percentile(draws_R, [2.5, 97.5])
+        low, high = np.percentile(draws_R, [2.5, 97.5]).clip(0, 100)
         return float(low), float(high)
 
     def _by_task(self, system: str) -> dict[str, list[tuple[float, float]]]:
@@ -82,10 +82,16 @@ class Point:
         for cell in self.cells:
             for row in cell.report.get("rows") or []:
                 if row.get("system") == system:
-                    numbers = [finite(row.get(key)) for key in ("score", "se")]
-                    score, se = (float("nan") if one is None else one for one in numbers)
-                    found.setdefault(str(row.get("task")), []).append((score, se))
+                    numbers = [finite(row.get(key)) for key in ("score", "se", "n_test")]
+                    score, se, n = (float("nan") if one is None else one for one in numbers)
+                    found.setdefault(str(row.get("task")), []).append((score, se or _least_error(score, n)))
         return {task: found[task] for task in sorted(found)}
+
+
+def _least_error(score: float, n: float) -> float:
+    """Standard error in percent where all n rows have the same score: as if one more were right and one more wrong."""
+    share = (score / 100 * n + 1) / (n + 2)
+    return 100 * float(np.sqrt(share * (1 - share) / n)) if n > 0 else 0.0
 
 
 @dataclass(frozen=True)

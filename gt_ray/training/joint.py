@@ -1,15 +1,12 @@
-"""Which pairs train together, under which keys, and that one study at a time does it."""
+"""Which pairs train together, and under which keys."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from gt_ray.config import GradTransformerSettings
 from gt_ray.curation.study import Study
-from gt_ray.progress import say
 from gt_ray.training.tuples import input_keys, shadow_keys
 from gt_ray.updates.store import unit_key
 
@@ -49,18 +46,3 @@ def training_key(study: Study, settings: GradTransformerSettings, studies: Seque
     studies = studies or trained_together(study, settings)
     key = joint_key(studies, settings)
     return key if len(studies) == 1 else unit_key({"joint": key, "pair": pair_key(study, settings)})
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keep other processes that want the same training waiting; a killed one lets go."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"train: another study trains the same pairs in {folder}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

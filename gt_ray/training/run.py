@@ -20,10 +20,10 @@ from gt_ray.grad_transformer.network import CONFIG, GradTransformer
 from gt_ray.grad_transformer.phi import make_phi, phi_config, phi_of
 from gt_ray.progress import say
 from gt_ray.training.checkpoint import STATE, is_finished
-from gt_ray.training.joint import alone, joint_key, pair_key, trained_together, training_key
+from gt_ray.training.joint import joint_key, pair_key, trained_together, training_key
 from gt_ray.training.phases import run_phases
 from gt_ray.training.tuples import input_keys, last_updates, load_inputs, shadow_keys, side_chunks
-from gt_ray.updates.files import replace_folder, write_atomically
+from gt_ray.updates.files import alone, replace_folder, write_atomically
 
 MODEL, LINEAR = "grad_transformer", "linear_behaviour"
 """Folders of a study's models: its Grad-Transformer, and the control that is the linear path alone."""
@@ -58,19 +58,20 @@ def train(study: Study, name: str = MODEL) -> Path:
     out = run / name
     if is_finished(out, trained_by):
         say(f"train: nothing to do, {out} is trained")
-    elif len(studies) == 1:
-        _fit(studies, settings, run / "training", run / "events" / name, [out])
-    else:
+        return out
+    home, events, outs, own = run / "training", run / "events" / name, [out], out
+    if len(studies) > 1:
         home = study.config.runs / ".joint" / joint_key(studies, settings)[:12]
-        outs = [home / f"{MODEL}-{i}" for i in range(len(studies))]
-        shared = outs[next(i for i, one in enumerate(studies) if one is study)]
-        with alone(home):
-            if is_finished(shared, trained_by):
-                say(f"train: nothing to do, {shared} is trained, together with other pairs")
-            else:
-                _fit(studies, settings, home, home / "events", outs)
-        replace_folder(out, lambda folder: shutil.copytree(shared, folder))
-        shutil.copytree(home / "events", run / "events" / name, dirs_exist_ok=True)
+        events, outs = home / "events", [home / f"{MODEL}-{i}" for i in range(len(studies))]
+        own = outs[next(i for i, one in enumerate(studies) if one is study)]
+    with alone(home, lambda: say(f"train: another process trains the same in {home}; waiting for it")):
+        if is_finished(own, trained_by):
+            say(f"train: nothing to do, {own} is trained")
+        else:
+            _fit(studies, settings, home, events, outs)
+    if own is not out:
+        replace_folder(out, lambda folder: shutil.copytree(own, folder))
+        shutil.copytree(events, run / "events" / name, dirs_exist_ok=True)
     return out
 
 

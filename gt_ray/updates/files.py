@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,27 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no PEFT adapter: {ADAPTER_CONFIG}: {error}") from error
     return config
+
+
+@contextlib.contextmanager
+def alone(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
+    """Keep other processes out of a folder that do the same; a killed one lets go.
+
+    Args:
+        busy: called where another one is in; this one waits if it returns.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def replace_folder(out: Path, write: Callable[[Path], Any]) -> None:

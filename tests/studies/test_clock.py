@@ -33,15 +33,15 @@ def test_stages_add_up_over_runs_of_the_same_settings_and_failed_ones_count(stud
         pass
     with pytest.raises(ValueError), timed(study, "train", lambda _: 3.0):
         raise ValueError
-    found = recorded(study)
+    found = recorded(study.config)
     assert found["device_s"]["train"] == pytest.approx(3 * found["wall_s"]["train"])
     with timed(study, "train"):
         pass
-    assert recorded(study)["wall_s"]["train"] > found["wall_s"]["train"]
+    assert recorded(study.config)["wall_s"]["train"] > found["wall_s"]["train"]
     other = replace(study, config=study.config.model_copy(update={"seed": 7}))
-    assert recorded(other) == {"wall_s": {}, "device_s": {}}
+    assert recorded(other.config) == {"wall_s": {}, "device_s": {}}
     shown = replace(study, config=study.config.model_copy(update={"table": "table1", "cells": ("seed=1",)}))
-    assert recorded(shown) == recorded(study)
+    assert recorded(shown.config) == recorded(study.config)
 
 
 def test_fine_tunes_count_by_their_units_whoever_made_them(study: Study) -> None:

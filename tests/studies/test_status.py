@@ -101,8 +101,11 @@ def test_of_a_study_that_nobody_runs_time_left_is_not_known(tmp_path: Path) -> N
     folder = tmp_path / "runs" / "sizes"
     done = make_cell(folder, ("seed=1",), *finished(0, STAGE_S))
     write_study(folder, cells=[entry(done, ("seed=1",))], waiting=[["seed=2"]])
-    found = read_status(folder, T0 + 1000)
-    assert (found.state, found.left_s, found.elapsed_s) == ("waiting", None, sum(STAGE_S.values()))
+    end = sum(STAGE_S.values())
+    found = read_status(folder, T0 + end + 60)
+    assert (found.state, found.left_s, found.elapsed_s) == ("waiting", None, end)
+    found = read_status(folder, T0 + end + 1000)
+    assert (found.state, found.ended) == ("interrupted", True)
 
 
 def test_cells_that_study_json_does_not_name_yet(tmp_path: Path) -> None:
@@ -141,9 +144,11 @@ def test_the_error_of_a_cell_that_failed_before_its_first_stage(tmp_path: Path) 
 
 def test_shared_work_of_a_study_comes_first(tmp_path: Path) -> None:
     folder = make_study(tmp_path / "runs" / "sizes")
-    write_events(folder / SHARED_RUN, started(150, "evaluate"), progress(151, "evaluate", 3, 9))
+    cell = next(run.folder for run in read_status(folder, T0 + 200).runs if run.name == "seed=2")
+    write_events(folder / f"{SHARED_RUN}-{cell}", started(150, "evaluate"), progress(151, "evaluate", 3, 9))
     first = read_status(folder, T0 + 200).runs[0]
-    assert (first.name, first.state, first.stages[0].queue) == (SHARED, "running", 6)
+    assert (first.name, first.state, first.stages[0].queue) == (f"{SHARED} of seed=2", "running", 6)
+    assert first.is_shared
 
 
 def test_a_cell_whose_fine_tunes_are_done_waits_while_those_of_others_run(tmp_path: Path) -> None:

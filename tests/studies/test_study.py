@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gt_ray.config import load_config
+from gt_ray.config import load_config, split_overrides
 from gt_ray.errors import UserError
-from gt_ray.studies.graph import BUDGET, Outcome, graph_of, needed, run_graph
+from gt_ray.studies.graph import Node, Outcome, graph_of, needed, run_graph
 from gt_ray.studies.status import read_status
 from gt_ray.studies.study import Sweep, run_study
 from gt_ray.studies.study_plan import plan_configs, plan_sweep
+from gt_ray.updates.files import alone
 from tests.conftest import TINY_OVERRIDES
 
 CONFIG = load_config("embedded")
@@ -66,6 +68,12 @@ def test_a_grid_is_every_combination_behind_every_cell() -> None:
     assert load_config("embedded").sweep() == [[]]
     odd = load_config("embedded", ['grid={name: ["1", "a: b"], clients.samples: [null]}'])
     assert [load_config("embedded", cell).name for cell in odd.sweep()] == ["1", "a: b"]
+
+
+def test_a_quote_that_is_not_closed_is_told() -> None:
+    assert split_overrides("seed=1 'data.tasks=[drop, gsm8k]'") == ["seed=1", "data.tasks=[drop, gsm8k]"]
+    with pytest.raises(UserError, match=r"cell \"name=it's\": No closing quotation; .*quote what has spaces"):
+        split_overrides("name=it's")
 
 
 @pytest.mark.parametrize(
@@ -137,14 +145,18 @@ def test_a_study_that_fails_stops_and_goes_on(
     of_cells = sum(report["device_s"][stage] for report in reports for stage in stages)
     units = reports[0]["device_s"]
     shared = sum(units[stage] for stage in ("curate", "clients", "ceilings"))
-    assert math.isclose(3600 * spent, of_cells + shared, rel_tol=1e-6)
+    (failed,) = (run.folder for run in read_status(folder).runs if run.state == "failed")
+    in_vain = json.loads((folder / str(failed) / "wall.json").read_text())["device_s"]["train"]
+    assert math.isclose(3600 * spent, of_cells + shared + in_vain, rel_tol=1e-6)
 
     capsys.readouterr()
     with pytest.raises(UserError, match="1 of 3 cells failed"):
         run()
     said = capsys.readouterr().err
     assert "cell 1 of 3" not in said and "to score" not in said
-    assert math.isclose(json.loads((folder / "study.json").read_text())["device_hours"], spent, rel_tol=1e-9)
+    again = json.loads((folder / str(failed) / "wall.json").read_text())["device_s"]["train"] - in_vain
+    tree = json.loads((folder / "study.json").read_text())
+    assert math.isclose(3600 * tree["device_hours"], 3600 * spent + again, rel_tol=1e-6)
     # The base models were scored by the first cell alone.
     both = [{row["scores"] for row in report["rows"] if row["system"].startswith("base")} for report in reports]
     assert both[0] == both[1]
@@ -162,10 +174,50 @@ def test_cells_side_by_side_give_what_they_give_one_after_the_other(
     one = run_study("embedded", common, cells, "one", parallel=1)
     two = run_study("embedded", [*common, f"store={tmp_path / 'other'}"], cells, "two", parallel=2)
     assert [cell["summary"] for cell in two["cells"]] == [cell["summary"] for cell in one["cells"]]
-    shared = list((tmp_path / "runs" / "two" / ".shared" / "scores").glob("*.parquet"))
+    shared = list((tmp_path / "runs" / "two").glob(".shared-cell-*/scores/*.parquet"))
     assert len(shared) == 2 * 4  # of two clients base_S, base_T, P_S, P_T
     assert set(two["wall_s"]) == {"fine-tunes of cell 1", "scores of cell 1", "cell 1", "cell 2"}
 
 
-def test_an_outcome_knows_its_budget() -> None:
-    assert Outcome(1.0, error=BUDGET).spent and not Outcome(1.0, error="no").spent
+@pytest.mark.ray
+def test_nodes_side_by_side_share_a_budget(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(node: Node, most_s: float) -> Outcome:
+        (tmp_path / uuid.uuid4().hex).write_text(str(min(80.0, most_s)))
+        return Outcome(1.0, out_of_budget=most_s < 80)
+
+    def spent() -> float:
+        return sum(float(file.read_text() or 0) for file in tmp_path.iterdir())
+
+    monkeypatch.setattr("gt_ray.studies.graph.run_node", run)
+    nodes = graph_of([CONFIG] * 3, [["a"], ["b"], ["c"]])[:3]
+    done = list(run_graph(nodes, 2, lambda: 170 - spent()))
+    assert len(done) >= 2 and sum(not outcome.out_of_budget for _, outcome in done) >= 1
+    assert spent() == pytest.approx(170, abs=0.1)
+
+
+def test_units_that_others_made_are_not_spent(common: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    there: dict[str, float] = {}
+    monkeypatch.setattr("gt_ray.studies.study.unit_device_s", lambda _, keys: {key: there.get(key) for key in keys})
+
+    def sweep(*cells: list[str]) -> Sweep:
+        return Sweep("embedded", common, list(cells), "sweep")
+
+    first = sweep([])
+    shadows = [key for node in first.graph for key in node.keys]
+    there[shadows[0]] = 7.0
+    assert first.device_s() == 0 and not first.folder.joinpath("found.json").exists()  # asking leaves nothing behind
+    first.begin()
+    there[shadows[1]] = 5.0
+    assert sweep([]).device_s() == 5
+    more = sweep([], ["seed=1"])  # a cell that is added later, of whose units another study has made one
+    new = [key for node in more.graph for key in node.keys if key not in shadows]
+    there[new[0]] = 3.0
+    more.begin()
+    there[new[1]] = 2.0
+    assert sweep([], ["seed=1"]).device_s() == 5 + 2
+
+
+def test_a_study_that_another_process_runs_is_refused(common: list[str]) -> None:
+    folder = Sweep("embedded", common, [[]], "sweep").folder
+    with alone(folder, lambda: None), pytest.raises(UserError, match=r"study sweep: another process runs it in"):
+        run_study("embedded", common, [[]], "sweep")

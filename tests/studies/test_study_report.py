@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from gt_ray.config import load_config
 from gt_ray.errors import UserError
 from gt_ray.studies.study_report import print_study, write_study_report
-from gt_ray.studies.study_view import StudyView
+from gt_ray.studies.study_view import StudyView, study_view
 from tests.studies.made_up import FIGURE_7, MAIN, TIMES, made_up_study, rising
 from tests.studies.test_report import HOSTILE, Tags
 
@@ -121,6 +123,17 @@ def test_pairs_have_heat_maps_and_figure_4(tmp_path: Path) -> None:
     html = (folder / "report.html").read_text(encoding="utf-8")
     assert "5 (-75.0 %)" in html and "tinylm-deep" in html
     assert [note.partition(":")[0] for note in view.unfitted] == ["TinyLM", "LLM"]
+
+
+def test_its_command_gives_the_same_cells(tmp_path: Path) -> None:
+    preset = load_config("embedded-table3")
+    for name, cells in (("whole", preset.sweep()), ("part", preset.sweep()[:2])):
+        folder = made_up_study(tmp_path / name, list(map(shlex.join, cells)), preset="embedded-table3", rows=4)
+        words = shlex.split(study_view(folder).command)
+        own = [shlex.split(text) for flag, text in pairwise(words) if flag == "--cell"]
+        common = [word for word in words if word.startswith("grid=")]
+        assert load_config("embedded-table3", common).sweep(own) == cells
+        assert ("--cell" in words) == (name == "part")
 
 
 def test_one_cell_has_no_axis_and_what_is_absent_is_a_dash(tmp_path: Path) -> None:

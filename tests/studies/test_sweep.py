@@ -51,6 +51,18 @@ def test_an_interval_is_that_of_clients_and_rows(tmp_path: Path) -> None:
     assert point.draws("never_scored") is None and point.interval("never_scored") is None
 
 
+def test_rows_that_all_score_the_same_have_an_error_all_the_same(tmp_path: Path) -> None:
+    _, (cell,) = read_study(made_up_study(tmp_path / "a", [""], rows=80))
+    for row in cell.report["rows"]:
+        if row["system"] in ("P_T", "base_T"):
+            row |= {"score": 100.0 if row["system"] == "P_T" else 0.0, "se": 0.0}
+    (point,) = sweep_of([cell]).points
+    low, high = point.interval("P_T") or (0, 0)
+    assert 97 < low < 100 and high == 100
+    low, high = point.interval("base_T") or (0, 0)
+    assert low == 0 and 0 < high < 3
+
+
 def test_an_error_that_is_not_known_makes_no_interval(tmp_path: Path) -> None:
     folder = made_up_study(tmp_path / "a", [""])
     tree, (cell,) = read_study(folder)

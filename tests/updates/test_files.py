@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from gt_ray.config import ModelSettings
 from gt_ray.errors import UserError
 from gt_ray.pairs.root import Root, make_root
-from gt_ray.updates.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, write_adapter, write_atomically
+from gt_ray.updates.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, alone, read_adapter, write_adapter, write_atomically
 from gt_ray.updates.update_files import FORMAT, UpdateInfo, read_update, write_update
 
 INFO = UpdateInfo(
@@ -417,6 +417,19 @@ for call in (
 assert torch.equal(read_update(out / "kept.safetensors", root)[0], update)
 assert torch.allclose(read_adapter(out / "kept", root), update)
 """
+
+
+def test_one_process_at_a_time_is_in_a_folder(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise UserError("busy")
+
+    with alone(tmp_path / "new", refuse):
+        with pytest.raises(UserError, match="busy"), alone(tmp_path / "new", refuse):
+            raise AssertionError
+        with alone(tmp_path / "other", refuse):
+            pass
+    with alone(tmp_path / "new", refuse):
+        pass
 
 
 def test_a_full_disk_is_an_error_that_leaves_nothing_behind(root: Root, tmp_path: Path) -> None:
