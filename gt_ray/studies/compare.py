@@ -19,7 +19,7 @@ from gt_ray.evaluation.results import read_prompts
 from gt_ray.evaluation.run import ClientScores, scores_of_report
 from gt_ray.evaluation.summary import difference
 from gt_ray.studies.axes import Settings, text_of_value
-from gt_ray.studies.facts import Interval, scores_of
+from gt_ray.studies.facts import Interval, finite, scores_of
 from gt_ray.studies.plots import NORMAL_95, forest
 from gt_ray.studies.report import render
 from gt_ray.studies.sheets import Sheet, markdown, print_sheets, read_study
@@ -77,8 +77,8 @@ class Comparison:
         rows = []
         for pair in self.pairs:
             low, middle, high = pair.difference or (None, pair.first - pair.second, None)
-            scores = f"{pair.first:.1f}", f"{pair.second:.1f}"
-            rows.append([pair.label, *scores, with_interval(middle, (low, high), "+"), pair.note])
+            scores = [with_interval(finite(score), None) for score in (pair.first, pair.second)]
+            rows.append([pair.label, *scores, with_interval(finite(middle), (low, high), "+"), pair.note])
         return Sheet("Ours, percent", ["cell", *self.names, "difference", "over"], rows)
 
 

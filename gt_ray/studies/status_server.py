@@ -20,7 +20,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         # A page of another site whose name leads here (DNS rebinding) is not to read it.
-        if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in (LOOPBACK, "localhost"):
+        try:
+            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+        except ValueError:  # half an IPv6 address
+            host = None
+        if host not in (LOOPBACK, "localhost"):
             return self._answer(HTTPStatus.MISDIRECTED_REQUEST, "text/plain", "open it as localhost\n")
         try:
             if self.path == "/":

@@ -64,6 +64,13 @@ def test_reports_without_rows_or_errors_have_a_difference_without_an_interval(tm
     assert "<svg" not in (first / "compare-b.html").read_text()
 
 
+def test_a_score_that_one_study_lacks_is_a_dash(tmp_path: Path) -> None:
+    without = {name: score for name, score in MAIN.items() if name != "ours"}
+    first, second = made_up_study(tmp_path / "a", [""]), made_up_study(tmp_path / "b", [""], lambda _: without)
+    found = write_comparison(first, second)
+    assert found.sheet.rows[0][2:4] == ["-", "-"]
+
+
 def test_studies_without_a_common_cell_are_refused(tmp_path: Path) -> None:
     first = made_up_study(tmp_path / "a", SAMPLES[:2], rising)
     second = made_up_study(tmp_path / "b", SAMPLES[2:], lower)

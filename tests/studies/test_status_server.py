@@ -40,6 +40,10 @@ def get(port: int, path: str, host: str = "localhost", method: str = "GET") -> t
     return found
 
 
+def test_half_an_address_as_host_is_refused(port: int) -> None:
+    assert get(port, "/", host="[::1")[0] == 421
+
+
 def test_the_page_and_the_json_are_as_things_are_now(port: int, run: Path) -> None:
     status, kind, html = get(port, "/")
     assert (status, kind) == (200, "text/html") and "train" in html
