@@ -6,9 +6,10 @@ are read by each actor, and units go from the actor straight into the store.
 
 from __future__ import annotations
 
+import heapq
 import json
+import math
 import random
-from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any, Literal
@@ -23,6 +24,12 @@ from gt_ray.progress import bar, say
 
 BLOCK = 64
 """Most jobs of a block where `adapters_at_once` is chosen by the actor."""
+
+MOST_ROUNDS = 4
+"""No block is smaller than the largest one tried by more than this."""
+
+UNEVEN = 1.1
+"""Longest time of an actor over all actors' mean for which no smaller blocks are tried."""
 
 SHOWN_ERRORS = 5
 
@@ -122,18 +129,42 @@ def _blocks(jobs: Sequence[FineTuneJob], at_once: int | Literal["auto"], actors:
     The LLM's come first, and those of most steps: they take longest. Within a model the order is drawn anew, so that
     two curations into one store do different things first; results do not depend on it.
     """
-    by_kind: dict[tuple[Any, ...], list[FineTuneJob]] = {}
-    of_side = Counter(job.side for job in jobs)
+    by_side: dict[str, dict[tuple[Any, ...], list[FineTuneJob]]] = {}
     for job in jobs:
         tuned = json.dumps([job.made_by["fine_tune"], job.made_by.get("loss")])
-        kind = (SIDES.index(job.side), tuned, tuple(job.snapshot_steps), job.task)
-        by_kind.setdefault(kind, []).append(job)
+        kind = (tuned, tuple(job.snapshot_steps), job.task)
+        by_side.setdefault(job.side, {}).setdefault(kind, []).append(job)
     blocks = []
-    for members in by_kind.values():
-        # Each kind for its share of the actors, as many blocks for each of them, of even sizes.
-        mine = max(1, round(actors * len(members) / of_side[members[0].side]))
-        each = -(-len(members) // (mine * BLOCK))
-        size = -(-len(members) // (mine * each)) if at_once == "auto" else at_once
-        blocks += [members[i : i + size] for i in range(0, len(members), size)]
+    for kinds in by_side.values():
+        members = list(kinds.values())
+        counts = _even([len(one) for one in members], actors) if at_once == "auto" else [0] * len(members)
+        for one, count in zip(members, counts, strict=True):
+            n = count or -(-len(one) // int(at_once))
+            size = len(one) / n if count else int(at_once)
+            blocks += [one[round(i * size) : round((i + 1) * size)] for i in range(n)]
     random.shuffle(blocks)
     return sorted(blocks, key=lambda block: (-SIDES.index(block[0].side), -block[0].steps))
+
+
+def _even(sizes: Sequence[int], actors: int) -> list[int]:
+    """Into how many blocks each kind of jobs is cut: as few as keep all actors at work nearly to the end.
+
+    Few blocks are large ones, which an actor fine-tunes in full groups.
+
+    Args:
+        sizes: jobs of each kind.
+    """
+    best, least, mean = list(sizes), math.inf, sum(sizes) / actors
+    largest = min(BLOCK, math.ceil(mean))
+    for size in range(largest, math.ceil(largest / MOST_ROUNDS) - 1, -1):
+        counts = [-(-n // size) for n in sizes]
+        ends = [0] * actors
+        for one in sorted(
+            (-(-n // count) for n, count in zip(sizes, counts, strict=True) for _ in range(count)), reverse=True
+        ):
+            heapq.heapreplace(ends, ends[0] + one)
+        if max(ends) < least:
+            best, least = counts, max(ends)
+        if least <= UNEVEN * mean:
+            break
+    return best

@@ -14,7 +14,7 @@ import torch
 
 from gt_ray.config import Config
 from gt_ray.curation.jobs import SIDES
-from gt_ray.curation.run import _blocks, run_fine_tunes
+from gt_ray.curation.run import BLOCK, MOST_ROUNDS, _blocks, _even, run_fine_tunes
 from gt_ray.curation.study import Study
 from tests.conftest import tiny_config
 
@@ -81,6 +81,27 @@ def test_sigkill_half_way_loses_at_most_the_units_in_flight(
     for job in _jobs(undisturbed):
         expected, _ = undisturbed.store.read(job.key)
         assert torch.allclose(study.store.read(job.key)[0], expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "actors"),
+    [([50] * 6, 8), ([50] * 6, 16), ([50] * 6, 32), ([300], 16), ([20] * 6, 2), ([1000] * 6, 16), ([100, 7, 3], 8)],
+)
+def test_blocks_keep_all_actors_at_work_nearly_to_the_end(sizes: list[int], actors: int) -> None:
+    counts = _even(sizes, actors)
+    assert all(-(-n // count) <= BLOCK for n, count in zip(sizes, counts, strict=True))
+    assert sum(counts) <= MOST_ROUNDS * actors or min(sizes) > BLOCK
+    ends = [0] * actors
+    for size in sorted(
+        (-(-n // count) for n, count in zip(sizes, counts, strict=True) for _ in range(count)), reverse=True
+    ):
+        ends[ends.index(min(ends))] += size  # whoever is free takes the next one
+    assert max(ends) <= 1.15 * sum(sizes) / actors
+
+
+def test_a_few_jobs_on_many_actors_are_blocks_of_their_own() -> None:
+    assert _even([1] * 5, 100) == [1] * 5
+    assert _even([50] * 6, 1000) == [50] * 6
 
 
 def test_a_block_holds_one_model_one_task_and_no_more_than_allowed(tiny: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -56,8 +57,8 @@ def test_blocks_and_groups_are_those_of_curation() -> None:
     llm, tinylm = curation.pools
     assert (llm.gpus, tinylm.gpus) == (1, 1 / 8)
     # Six tasks of 50 shadows, and three adapters of the LLM in an H100's memory.
-    assert [len(block.group_s) for block in llm.blocks] == [17] * 6
-    assert sum(block.group_bytes[0] > 0 for block in llm.blocks) == 6
+    assert Counter(len(block.group_s) for block in llm.blocks) == {4: 12, 5: 12}
+    assert sum(block.group_bytes[0] > 0 for block in llm.blocks) == len(llm.blocks)
     single = study_of("8xH100", "curation.adapters_at_once=1").stages()[0]
     assert [len(pool.blocks) for pool in single.pools] == [300, 900]
     assert {block.model for block in single.pools[0].blocks} == {"llm"}
