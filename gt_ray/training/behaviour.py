@@ -6,6 +6,7 @@ They take generated adapters and say which rows they are tried on; they return l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,8 @@ from gt_ray.tasks import TASKS
 if TYPE_CHECKING:
     from gt_ray.learning.behaviour import Behaviour
 
+CACHED_ROWS = 2**14
+"""Rows that an actor keeps as tokens; all of a large study would be gigabytes."""
 Draw = list[tuple[int, int]]
 """The rows that one adapter is tried on: number of the shadow, number of the row, counted round among the shadow's."""
 
@@ -56,6 +59,7 @@ class LlmActor:
         self.tokenizer = load_tokenizer(self.study.config.pair.llm.model)
         self.behaviour = load_behaviour(self.study, training.behaviour.teacher)
         self.parts = Parts(training.behaviour.adapters, self.behaviour.losses.device)
+        self._encoded = lru_cache(CACHED_ROWS)(self._encode)  # every step draws from the same rows
 
     def losses(self, update_GLd: Any, draws: list[Draw], update_S_GLd: Any) -> tuple[Any, Any]:
         """Loss [G] of each update on its rows, and gradients [G, L, d], as numpy arrays.
@@ -78,11 +82,14 @@ class LlmActor:
         return torch.cat([loss_G for loss_G, _ in parts]).numpy(), torch.cat(gradients).numpy() if gradients else None
 
     def _sample(self, k: int, row: int) -> Sample:
-        """A row of a shadow; all rows of all shadows would be gigabytes."""
+        """A row of a shadow."""
         shadow = self.study.shadows[k]
-        rows = self.study.data.rows(shadow.task, shadow.split, [shadow.positions[row % len(shadow.positions)]])
+        return self._encoded(shadow.task, shadow.split, shadow.positions[row % len(shadow.positions)])
+
+    def _encode(self, task: str, split: str, position: int) -> Sample:
+        rows = self.study.data.rows(task, split, [position])
         length = model_settings(self.study.config, "llm").fine_tune.max_length
-        return encode(self.tokenizer, TASKS[shadow.task], rows, length, f"shadow {k}")[0]
+        return encode(self.tokenizer, TASKS[task], rows, length, f"{task}, {split}[{position}],")[0]
 
 
 class LlmActors:

@@ -13,7 +13,7 @@ import torch
 
 from gt_ray.baselines.proxy_tuning import require_shared_vocabulary
 from gt_ray.cluster import connect, nodes, total
-from gt_ray.config import GradTransformerSettings
+from gt_ray.config import GradTransformerSettings, TrainingSettings
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError, require
 from gt_ray.grad_transformer.network import CONFIG, GradTransformer
@@ -80,13 +80,7 @@ def _fit(
 ) -> None:
     """Run the training of the studies' pairs in the folder `home`; the best checkpoint's models go to `outs`."""
     connect()
-    training = settings.training
-    workers = training.min_workers or training.workers
-    if (there := total(nodes(), "CPU")) < (cpus := workers * training.num_cpus + 1):
-        say(
-            f"train: waits until this Ray cluster has {cpus:g} CPUs, it has {there:g}: {training.num_cpus:g} for each "
-            f"of {workers} trainers, one to read tuples"
-        )
+    _say_what_is_missing(settings.training)
     keys = [{validation: shadow_keys(one, validation) for validation in (False, True)} for one in studies]
     starts = [home / f"start-{pair_key(one, settings)[:12]}" for one in studies]
     for one, start, of_pair in zip(studies, starts, keys, strict=True):
@@ -100,6 +94,21 @@ def _fit(
         f"train: best checkpoint at step {metrics['step']}, error of generated validation updates "
         f"{metrics['validation_generated']:.3f} of the mean update's"
     )
+
+
+def _say_what_is_missing(training: TrainingSettings) -> None:
+    """Ray Train waits without a word; nodes may yet come."""
+    workers, found = training.min_workers or training.workers, nodes()
+    if (there := total(found, "CPU")) < (cpus := workers * training.num_cpus + 1):
+        say(
+            f"train: waits until this Ray cluster has {cpus:g} CPUs, it has {there:g}: {training.num_cpus:g} for each "
+            f"of {workers} trainers, one to read tuples"
+        )
+    if (there := total(found, "GPU")) < (gpus := workers * training.num_gpus):
+        say(
+            f"train: waits until this Ray cluster has {gpus:g} GPUs, it has {there:g}: {training.num_gpus:g} for each "
+            f"of {workers} trainers; training.num_gpus=0 trains on CPUs"
+        )
 
 
 def _copy(model: Path, state: dict[str, Any], folder: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 import torch
 
 from gt_ray.curation.study import Study
@@ -84,3 +86,26 @@ def test_an_actor_with_several_devices_says_what_one_with_one_does(
     (loss_G, gradient_GLd), (again_G, same_GLd) = found
     assert torch.equal(loss_G, again_G)
     assert gradient_GLd is not None and same_GLd is not None and torch.equal(gradient_GLd, same_GLd)
+
+
+def test_an_actor_encodes_a_row_once_however_often_it_is_drawn(
+    tiny_pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study.load(tiny_config(tiny_pair, tmp_path))
+    encoded: list[int] = []
+    encode = behaviour.encode
+
+    def counted(tokenizer: Any, task: Any, rows: Any, *rest: Any) -> list[Sample]:
+        encoded.append(len(rows))
+        return encode(tokenizer, task, rows, *rest)
+
+    monkeypatch.setattr(behaviour, "encode", counted)
+    monkeypatch.setattr(behaviour, "own_devices", lambda: ["cpu"])
+    monkeypatch.setattr(ray, "get", lambda reference: reference)
+    actor = behaviour.LlmActor({"study": study})
+    layout, n = study.roots["llm"].layout, len(study.shadows[0].positions)
+    update_GLd = torch.full((2, layout.L, layout.d), 0.01).numpy()
+    loss_G, _ = actor.losses(update_GLd, [[(0, 0), (0, 1)], [(0, n), (0, n + 1)]], None)
+    assert len(encoded) == 2 and loss_G[0] == pytest.approx(loss_G[1], rel=1e-5)
+    again_G, _ = actor.losses(update_GLd, [[(0, 1), (0, 0)], [(0, 1), (0, 1)]], None)
+    assert len(encoded) == 2 and again_G[0] == pytest.approx(loss_G[0], rel=1e-5)

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from gt_ray.config import TrainingSettings
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.studies.pipeline import curate_stage
+from gt_ray.training import run
 from gt_ray.training.run import _initial_model, train
 from gt_ray.training.tuples import shadow_keys
 from gt_ray.updates.unit import UnitMeta
@@ -55,6 +57,24 @@ def test_training_learns_resumes_and_is_not_repeated(
 def _assert_equal(first: GradTransformer, second: GradTransformer) -> None:
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("cluster", "missing"),
+    [
+        ([{"CPU": 3.0, "GPU": 1.0}], []),
+        ([{"CPU": 2.0}, {"GPU": 0.5}], ["3 CPUs, it has 2", "1 GPUs, it has 0.5: 0.5 for each of 2 trainers"]),
+    ],
+)
+def test_a_training_that_has_to_wait_says_what_for(
+    cluster: list[dict[str, float]], missing: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(run, "nodes", lambda: cluster)
+    monkeypatch.setattr(run, "say", said.append)
+    run._say_what_is_missing(TrainingSettings(workers=2, num_gpus=0.5))
+    assert len(said) == len(missing)
+    assert all(f"waits until this Ray cluster has {what}" in text for what, text in zip(missing, said, strict=True))
 
 
 def test_the_start_has_what_the_config_says(tiny_pair: tuple[Path, Path], tmp_path: Path) -> None:
