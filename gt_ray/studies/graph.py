@@ -153,20 +153,25 @@ def run_graph(
     elsewhere = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(run_node)
     waiting = list(graph)
     running: dict[Any, Node] = {}
+    promised: dict[Any, float] = {}  # of the budget, to those that run
     done: set[str] = set()
     while waiting or running:
         left = left_s()
+        if left is not None:
+            left -= sum(promised.values())
         ready = [node for node in waiting if done.issuperset(node.needs)] if left is None or left > 0 else []
         ready = ready[: parallel - len(running)]
         for node in ready:
             waiting.remove(node)
-            share = None if left is None else left / (len(running) + len(ready))
+            share = None if left is None else left / len(ready)
             # Paths that are relative are so to the driver's folder, not to a worker's.
-            running[elsewhere.remote(replace(node, config=node.config.absolute()), share)] = node
+            task = elsewhere.remote(replace(node, config=node.config.absolute()), share)
+            running[task], promised[task] = node, share or 0.0
         if not running:
             return
         (answered,), _ = ray.wait(list(running))
         node = running.pop(answered)
+        del promised[answered]
         try:
             outcome = ray.get(answered)
         except ray.exceptions.RayError as error:  # its process died
