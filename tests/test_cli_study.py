@@ -30,7 +30,7 @@ def test_a_dry_run_shows_the_graph_and_makes_nothing(
     # 12 shadows and 2 clients of both models, public_sft of 2 tasks; the second cell shares them all.
     assert "30 of 30" in lines and "fine-tunes of cell 2" not in lines
     assert "cell 2: seed=0 grad_transformer.training.epochs=2" in lines
-    assert "The budget of 1e-09 GPU-hours will not last" in lines
+    assert "The budget of 1e-09 GPU-hours, of which 0 are spent, will not last" in lines
     assert not (tmp_path / "store").exists() and not list(tmp_path.glob("runs/sizes/study.json"))
 
 
