@@ -37,7 +37,8 @@ def study(
         typer.Option(help="Study folder under `runs`; none: `study`, or a paper table's preset."),
     ] = None,
     parallel: Annotated[
-        int | None, typer.Option(help="Cells that run at a time; none: as many as the cluster has room for.", min=1)
+        int | None,
+        typer.Option(help="Most cells that run at a time; none: as many as the cluster has room for.", min=1),
     ] = None,
     max_gpu_hours: Annotated[
         float | None,

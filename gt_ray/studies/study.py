@@ -163,7 +163,7 @@ def run_study(
 
     Args:
         cells: none: those of the preset. Where they differ in their seed alone, `populations` sums up all of them.
-        parallel: cells that run at a time; none: as many as the cluster has room for.
+        parallel: most cells that run at a time; none: as many as the cluster has room for.
         max_device_hours: of GPUs, or without GPUs of cores; where they are spent, no further work is started.
 
     Raises:
@@ -186,7 +186,7 @@ def _run(sweep: Sweep, parallel: int | None, max_device_hours: float | None) -> 
     sweep.begin()
     if len(sweep.reports) < len(sweep.cells):
         sweep.write(sweep.tree())  # who watches sees what is to come
-        parallel = parallel or (places(sweep.configs) if len(sweep.cells) > 1 else 1)
+        parallel = _at_once(sweep, parallel)
 
         def left_s() -> float | None:
             return None if max_device_hours is None else 3600 * max_device_hours - sweep.device_s()
@@ -203,6 +203,19 @@ def _run(sweep: Sweep, parallel: int | None, max_device_hours: float | None) -> 
             write_table(sweep.folder)
     _complain(tree, sweep, max_device_hours)
     return tree
+
+
+def _at_once(sweep: Sweep, wanted: int | None) -> int:
+    """How many cells run at a time: no more than there is room for, or their trainings would wait for each other."""
+    if wanted == 1 or len(sweep.cells) == 1:
+        return 1
+    most = places(sweep.configs)
+    if wanted and wanted > most:
+        say(
+            f"study {sweep.name}: this Ray cluster has room for {most} cells at a time; {wanted} would wait for "
+            "each other"
+        )
+    return min(wanted or most, most)
 
 
 def _complain(tree: dict[str, Any], sweep: Sweep, budget: float | None) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from gt_ray.config import load_config, split_overrides
 from gt_ray.errors import UserError
@@ -164,15 +166,25 @@ def test_a_study_that_fails_stops_and_goes_on(
         run_study("embedded", common, [[], []], "same")
 
 
+@pytest.fixture
+def room_for_two() -> Iterator[None]:
+    """A Ray in which two trainings have a CPU each, and their data, too."""
+    ray.shutdown()
+    ray.init(num_cpus=4, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_cells_side_by_side_give_what_they_give_one_after_the_other(
-    common: list[str], ray_cluster: None, tmp_path: Path
+    common: list[str], room_for_two: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cells = [[], ["grad_transformer.training.epochs=2"]]
     one = run_study("embedded", common, cells, "one", parallel=1)
-    two = run_study("embedded", [*common, f"store={tmp_path / 'other'}"], cells, "two", parallel=2)
+    two = run_study("embedded", [*common, f"store={tmp_path / 'other'}"], cells, "two", parallel=3)
+    assert "room for 2 cells at a time; 3 would wait for each other" in capsys.readouterr().err
     assert [cell["summary"] for cell in two["cells"]] == [cell["summary"] for cell in one["cells"]]
     shared = list((tmp_path / "runs" / "two").glob(".shared-cell-*/scores/*.parquet"))
     assert len(shared) == 2 * 4  # of two clients base_S, base_T, P_S, P_T
