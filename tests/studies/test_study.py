@@ -168,9 +168,9 @@ def test_a_study_that_fails_stops_and_goes_on(
 
 @pytest.fixture
 def room_for_two() -> Iterator[None]:
-    """A Ray in which two trainings have a CPU each, and their data, too."""
+    """A Ray in which two trainings of two workers have a CPU for each, and one for their data."""
     ray.shutdown()
-    ray.init(num_cpus=4, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=6, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
