@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from gt_ray.config import Config
 from gt_ray.curation.study import Study
 from tests.conftest import tiny_config
+from tests.curation.conftest import assert_same
 from tests.nodes import Nodes, free_port, private_cluster, workers_of
 
 pytestmark = pytest.mark.ray
@@ -121,27 +122,22 @@ def assert_same_study(found: Config, expected: Config) -> None:
         assert row["log_likelihood"] == pytest.approx(rows[1][key]["log_likelihood"], rel=1e-4), key
 
 
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    with private_cluster() as cluster:
-        yield cluster
-
-
 @pytest.mark.timeout(LIMIT_S)
-def test_a_node_that_dies_in_curation_and_one_that_joins_change_no_number(
-    nodes: Nodes, tiny_pair: tuple[Path, Path], tmp_path: Path
+def test_a_node_that_dies_in_curation_and_one_that_joins_change_no_unit(
+    tiny_pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    small = ["data.tasks=[samsum]", "curation.shadows=8", "curation.adapters_at_once=1", "evaluation.controls=false"]
-    studies = [tiny_config(tiny_pair, tmp_path / name, *small) for name in ("undisturbed", "disturbed")]
-    for config in studies:
-        Path(config.store).mkdir(parents=True)
+    small = ["data.tasks=[samsum]", "curation.shadows=8", "curation.adapters_at_once=1"]
+    undisturbed, disturbed = (tiny_config(tiny_pair, tmp_path / name, *small) for name in ("undisturbed", "disturbed"))
+    with private_cluster() as nodes:
         nodes.set_size(2)
-        with closing(Job(nodes, config, "pipeline")) as job:
-            if config is studies[1]:
-                kill_in_curation(nodes, job, config)
-                nodes.add()  # a trainer and its data need a CPU each
-            job.end()
-    assert_same_study(studies[1], studies[0])
+        for config in (undisturbed, disturbed):
+            Path(config.store).mkdir(parents=True)
+            with closing(Job(nodes, config, "curate")) as job:
+                if config is disturbed:
+                    kill_in_curation(nodes, job, config)
+                    nodes.add()
+                job.end()
+    assert_same(Study.load(disturbed), Study.load(undisturbed), killed_writers=True)
 
 
 def kill_in_training(nodes: Nodes, job: Submitted, config: Config) -> None:

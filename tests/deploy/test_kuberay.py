@@ -1,4 +1,4 @@
-"""The manifests of `deploy/kuberay`: structure, versions, entrypoints; and against KubeRay's own schemas.
+"""The manifests of `deploy/kuberay`: structure, versions, entrypoints; against Kubernetes' schemas and KubeRay's own.
 
 `GT_RAY_KUBERAY_CRDS` names a folder of them (`ray-operator/config/crd/bases` of KubeRay's repository).
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
@@ -78,6 +79,19 @@ def problems(schema: Any, manifest: Any) -> list[str]:
 def test_kuberay_takes_them() -> None:
     kinds = schemas(Path(str(CRDS)))
     assert {name: problems(kinds[one["kind"]], one) for name, one in RAY.items()} == {name: [] for name in RAY}
+
+
+@pytest.mark.parametrize("kubernetes", ["1.30", "1.37"])
+def test_kubernetes_takes_their_pods_and_the_volume(kubernetes: str) -> None:
+    pods = [{"apiVersion": "v1", "kind": "Pod", **group["template"]} for name in RAY for group in groups_of(name)]
+    volumes = [one for one in MANIFESTS.values() if one["kind"] == "PersistentVolumeClaim"]
+    assert len(volumes) == 1
+    for one in pods + volumes:
+        kubernetes_validate.validate(one, kubernetes, strict=True)
+    with pytest.raises(kubernetes_validate.ValidationError, match="hostnetwork"):
+        kubernetes_validate.validate(
+            {**pods[0], "spec": {**pods[0]["spec"], "hostnetwork": True}}, kubernetes, strict=True
+        )
 
 
 def test_a_wrong_field_and_a_wrong_type_are_found(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gt_ray.baselines.controls import CONTROLS
 from gt_ray.config import Config, load_config, mechanism_label
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
+from gt_ray.events import events_file
 from gt_ray.grad_transformer.network import GradTransformer
 from gt_ray.pairs.models import load_model
 from gt_ray.studies.pipeline import (
@@ -26,6 +28,8 @@ from gt_ray.studies.pipeline import (
     train_stage,
     update_file,
 )
+from gt_ray.studies.stages import read_events
+from gt_ray.studies.status import STAGES, read_status
 from gt_ray.studies.study import run_study
 from gt_ray.training.joint import joint_key
 from gt_ray.training.run import load_trained
@@ -76,6 +80,27 @@ def test_updates_and_adapters_are_on_disk_and_load(report: dict[str, Any], confi
         assert (generated - model.generate(update_S[None])[0]).abs().max() < 1e-6
         assert "generated, not trained" in (folder / "README.md").read_text()
         PeftModel.from_pretrained(load_model(config.pair.llm), str(folder))
+
+
+def test_the_run_records_what_it_does(report: dict[str, Any], config: Config) -> None:
+    found = read_status(config.run_folder)
+    stages = {stage.name: stage for stage in found.runs[0].stages}
+    assert found.state == "done" and list(stages) == [stage for stage in STAGES if stage in report["wall_s"]]
+    units = json.loads((config.run_folder / "units.json").read_text())
+    history = json.loads((config.run_folder / "grad_transformer" / "history.json").read_text())
+    happened = {
+        "curate": sum(map(len, units.values())),
+        "train": history[-1]["step"],
+        "clients": len(list((config.run_folder / "clients").glob("*.safetensors"))),
+        "evaluate": len(list((config.run_folder / "scores").glob("*.parquet"))),
+    }
+    assert {name: stages[name].done for name in happened} == happened
+    assert {name: stages[name].total for name in happened} == happened
+    made = len(list(Path(config.store).glob("[!.]*")))
+    assert stages["ceilings"].done == made - happened["curate"] - happened["clients"]
+    told = read_events(events_file(config.run_folder))
+    assert all(after["t"] >= before["t"] for before, after in pairwise(told))
+    assert not any(stage.failures for stage in stages.values()) and stages["generate"].done is None
 
 
 @pytest.mark.slow

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from gt_ray.config import Config
 from gt_ray.errors import UserError
 from gt_ray.events import events_file
-from gt_ray.studies.stages import GONE_S, read_events
+from gt_ray.studies.stages import GONE_S
 from gt_ray.studies.status import SAID, SHARED, SHARED_RUN, STAGES, Run, Status, read_status
 from tests.studies.watched import (
     ELSEWHERE,
@@ -231,31 +229,3 @@ def test_a_damaged_study_json_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text(content)
     with pytest.raises(UserError, match=r"study\.json is damaged"):
         read_status(tmp_path)
-
-
-@pytest.mark.ray
-def test_a_real_run_records_what_it_does(tiny: Config, ray_cluster: None) -> None:
-    from gt_ray.studies.pipeline import pipeline
-
-    pipeline(tiny)
-    run = tiny.run_folder
-    found = read_status(run)
-    stages = {stage.name: stage for stage in found.runs[0].stages}
-    planned = [stage for stage in STAGES if stage not in ("baselines", "train_controls")]
-    assert found.state == "done" and list(stages) == planned
-    units = json.loads((run / "units.json").read_text())
-    history = json.loads((run / "grad_transformer" / "history.json").read_text())
-    happened = {
-        "curate": sum(map(len, units.values())),
-        "train": history[-1]["step"],
-        "clients": len(list((run / "clients").glob("*.safetensors"))),
-        "evaluate": len(list((run / "scores").glob("*.parquet"))),
-    }
-    assert {name: stages[name].done for name in happened} == happened
-    assert {name: stages[name].total for name in happened} == happened
-    assert (
-        stages["ceilings"].done == len(list(Path(tiny.store).glob("[!.]*"))) - happened["curate"] - happened["clients"]
-    )
-    told = read_events(events_file(run))
-    assert all(after["t"] >= before["t"] for before, after in pairwise(told))
-    assert not any(stage.failures for stage in stages.values()) and stages["generate"].done is None
