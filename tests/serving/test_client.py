@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from gt_ray.cli import main
 from gt_ray.config import EvaluationSettings, load_config
 from gt_ray.errors import UserError
 from gt_ray.evaluation.scorer import System, TransformersScorer
@@ -133,14 +134,23 @@ def test_a_round_of_two_clients_by_commands(endpoint: Served, client: Path) -> N
 
 
 @pytest.mark.ray
-def test_mistakes_are_told_in_one_line(endpoint: Served, client: Path) -> None:
-    def refused(message: str, *arguments: str, token: str | None = endpoint.token) -> None:
-        found = gt_ray(client, "client", *arguments, token=token)
-        assert found.returncode == 2 and message in found.stderr and "Traceback" not in found.stderr, found.stderr
+def test_mistakes_are_told_in_one_line(
+    endpoint: Served, client: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(client)
+    monkeypatch.setenv("GT_RAY_TOKEN", endpoint.token)
+
+    def refused(message: str, *arguments: str) -> None:
+        with pytest.raises(SystemExit) as end:
+            main(["client", *arguments])
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and message in said and "Traceback" not in said, said
 
     refused("fetch it first", "send", "my.jsonl")
     refused("does not answer", "root", "http://127.0.0.1:9")
-    refused("refuses (401)", "root", endpoint.url, token=None)
+    with monkeypatch.context() as without:
+        without.delenv("GT_RAY_TOKEN")
+        refused("refuses (401)", "root", endpoint.url)
     refused("it has demo", "root", endpoint.url, "--checkpoint", "other")
     refused("is neither a folder nor to be had", "root", endpoint.url, "--model", "no/such-model")
     refused("it is another base model", "root", endpoint.url, "--model", str(EMBEDDED / "tinylm-deep"))
