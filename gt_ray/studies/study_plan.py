@@ -19,7 +19,7 @@ from gt_ray.training.machines import machines
 from gt_ray.training.planner import TrainingPlan
 from gt_ray.updates.store import unit_key
 
-OF_CELL = ("training, Eq. 10", "training on behaviour", "evaluation")
+OF_CELL = ("training, Eq. 10", "training on behaviour", "baselines", "evaluation")
 """Stages of a plan that a cell does; the others are fine-tunes, of which it may share some."""
 
 

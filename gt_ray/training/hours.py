@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from gt_ray.baselines.weak_to_strong import WEAK_TO_STRONG
 from gt_ray.config import Config, ModelSettings
 from gt_ray.curation.planner import TYPICAL_TOKENS, needs, unit_bytes, unit_counts
 from gt_ray.pairs.families import shape_of
@@ -91,6 +92,7 @@ class Hours:
             "training, Eq. 10": self._training(),
             "training on behaviour": self._behaviour(),
             "clients' and public fine-tunes": self._clients(),
+            "baselines": self._baselines(),
             "evaluation": self._evaluation(),
         }
 
@@ -154,6 +156,15 @@ class Hours:
         how = f"{clients} clients with both models (P_S, P_T), {public} of the LLM on public rows"
         return self._spread(seconds, how)
 
+    def _baselines(self) -> Stage:
+        asked = [name for name in WEAK_TO_STRONG if name in self.config.evaluation.baselines]
+        if not asked:
+            return Stage(0, 0, "none")
+        pair, clients = self.config.pair, clients_of(self.config)
+        seconds = clients * (self.fine_tune_s(pair.tinylm) + len(asked) * self.fine_tune_s(pair.llm))
+        how = f"{clients} clients' weak TinyLMs, and the LLM on their labels for {', '.join(asked)}; labels not counted"
+        return self._spread(seconds, how)
+
     def evaluation(self) -> tuple[float, int]:
         """GPU-seconds of scoring, and rows that are answered, over all systems."""
         evaluation, gpu = self.config.evaluation, self.plan.machines.gpu
@@ -172,7 +183,8 @@ class Hours:
         return seconds, rows * sum(self._systems().values())
 
     def _systems(self) -> dict[ModelSettings, int]:
-        return {self.config.pair.tinylm: 2, self.config.pair.llm: 9 if self.config.evaluation.controls else 3}
+        pair, evaluation = self.config.pair, self.config.evaluation
+        return {pair.tinylm: 2, pair.llm: (9 if evaluation.controls else 3) + len(evaluation.baselines)}
 
     def _answer_tokens(self) -> int:
         return min(ANSWER_TOKENS, self.config.evaluation.max_new_tokens)

@@ -9,7 +9,7 @@ import pytest
 from gt_ray.config import load_config
 from gt_ray.errors import UserError
 from gt_ray.training.fake_step import FakeStep
-from gt_ray.training.hours import Hours, Rates, Stage, operations, tuples_of
+from gt_ray.training.hours import TEST_ROWS, Hours, Rates, Stage, operations, tuples_of
 from gt_ray.training.machines import GIB, machines
 from gt_ray.training.planner import STEP, TrainingPlan
 from gt_ray.training.sizes import STRATEGIES
@@ -120,7 +120,20 @@ def test_hours_follow_from_stated_rates() -> None:
     assert tuples_of(plan.config) == 240 * 8
     training = stages["training, Eq. 10"]
     assert training.gpu_hours == pytest.approx(4 * training.wall_hours) and "1,800 steps" in training.how
-    assert all(stage.wall_hours > 0 for stage in stages.values())
+    assert all((stage.wall_hours > 0) == (name != "baselines") for name, stage in stages.items())
+
+
+def test_baselines_are_a_weak_fine_tune_a_client_and_one_of_the_llm_each() -> None:
+    config = load_config("qwen2.5-0.5b-to-7b", ["evaluation.baselines=[w2s, vissup, proxy_tuning]"])
+    plan = Instant(config, machines("8xH100"))
+    way = plan.best()
+    assert way is not None
+    hours = Hours(plan, way, Rates())
+    small, large = (hours.fine_tune_s(model) / 3600 for model in (config.pair.tinylm, config.pair.llm))
+    found, clients = hours.stages()["baselines"], len(config.data.tasks) * config.clients.per_task
+    assert found.gpu_hours == pytest.approx(clients * (small + 2 * large)) and "for w2s, vissup;" in found.how
+    without = Hours(plan_of(preset="qwen2.5-0.5b-to-7b"), way, Rates())
+    assert hours.evaluation()[1] - without.evaluation()[1] == 3 * clients * (config.evaluation.test_rows or TEST_ROWS)
 
 
 def test_rates_are_the_measured_ones() -> None:
