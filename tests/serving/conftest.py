@@ -75,9 +75,9 @@ class Served:
         return update_Ld, update_bytes(update_Ld, root, INFO)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The endpoint with tokens, rounds and trials, on a Ray of its own."""
+    """The endpoint with tokens, rounds and trials, on a Ray of its own; no other test of this folder starts Ray."""
     import ray
     from ray import serve
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
