@@ -23,6 +23,9 @@ LAYOUT_S, LAYOUT_T = (
 )
 
 
+MORE = [pytest.param(*one, marks=pytest.mark.slow) for one in (("bf16", False), ("fp32", True), ("fp32", False))]
+
+
 def build() -> GradTransformer:
     return GradTransformer(LAYOUT_S, LAYOUT_T, make_phi(PHI), {}, linear_rank=8, shadows=(20, 5))
 
@@ -54,8 +57,7 @@ def freeing(model: GradTransformer) -> None:
         weight.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "checkpointing"), [("bf16", True), *MORE])
 def test_memory_is_that_of_real_steps(precision: Precision, checkpointing: bool) -> None:
     fake = fake_step(build, precision, checkpointing, gpu=False)
     for keep_gradients in (True, False):
