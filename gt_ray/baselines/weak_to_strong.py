@@ -16,11 +16,16 @@ from typing import Any
 
 from gt_ray.baselines.conf import TEMPERATURE, Conf
 from gt_ray.baselines.vissup import VisSup
-from gt_ray.config import WeakToStrongSettings
+from gt_ray.config import Config, WeakToStrongSettings
 from gt_ray.learning.engine import MechanismMaker
 
 WEAK_TO_STRONG = ("w2s", "conf", "vissup")
 LOSSES = {"conf": Conf, "vissup": VisSup}
+
+
+def asked_for(config: Config) -> list[str]:
+    """Those of them that a config asks for, in their order."""
+    return [name for name in WEAK_TO_STRONG if name in config.evaluation.baselines]
 
 
 def made_of(baseline: str, settings: WeakToStrongSettings) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gt_ray.baselines.weak_to_strong import asked_for
 from gt_ray.config import Config, FineTuneSettings
 from gt_ray.curation.run import run_fine_tunes
 from gt_ray.curation.study import Study, load_roots, root_file
@@ -23,7 +24,7 @@ from gt_ray.learning.mechanisms import statement
 from gt_ray.progress import say
 from gt_ray.studies.clock import devices_of_engines, devices_of_refinement, devices_of_training, timed, times
 from gt_ray.studies.systems import Pooled, finished_updates, generated_updates, pooled_updates, share_of_proxy, systems
-from gt_ray.studies.weak_to_strong import asked_for, run_baselines
+from gt_ray.studies.weak_to_strong import run_baselines
 from gt_ray.tasks.data import Client
 from gt_ray.training.refinement import Generated, Proxy, are_refined, refine_all
 from gt_ray.training.run import MODEL, load_trained, models, train
@@ -144,7 +145,7 @@ def evaluate_stage(study: Study) -> dict[str, Any]:
         # Those of single clients too where they are joint: their mean is not the fine-tune on the union.
         ceilings = [*study.ceiling_jobs().values(), *study.client_jobs("llm"), *extra]
         run_fine_tunes(study, ceilings, "ceilings")
-    if asked_for(study):
+    if asked_for(study.config):
         baselines_stage(study)
     with timed(study, "evaluate", devices_of_engines):
         results = score(study, systems(study, model, pooled))

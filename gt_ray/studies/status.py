@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from gt_ray.baselines.weak_to_strong import WEAK_TO_STRONG
+from gt_ray.baselines.weak_to_strong import asked_for
 from gt_ray.config import Config
 from gt_ray.errors import UserError
 from gt_ray.events import ALIVE_S, events_file
@@ -158,7 +158,7 @@ def _run(folder: Path, now: float, name: str = "") -> Run:
 
 def _planned(config: Config) -> tuple[str, ...]:
     left_out = set()
-    if not set(WEAK_TO_STRONG) & set(config.evaluation.baselines):
+    if not asked_for(config):
         left_out.add("baselines")
     if not config.has_linear_control:
         left_out.add("train_controls")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gt_ray.baselines.proxy_tuning import share_vocabulary
-from gt_ray.baselines.weak_to_strong import LOSSES, WEAK_TO_STRONG, made_of
+from gt_ray.baselines.weak_to_strong import LOSSES, WEAK_TO_STRONG, asked_for, made_of
 from gt_ray.curation.jobs import FineTuneJob, strong_job
 from gt_ray.curation.run import run_fine_tunes
 from gt_ray.curation.study import Study
@@ -21,14 +21,9 @@ from gt_ray.tasks import Row
 from gt_ray.tasks.data import Client, TaskData
 
 
-def asked_for(study: Study) -> list[str]:
-    """The baselines of appendix C.2 that the study asks for."""
-    return [name for name in WEAK_TO_STRONG if name in study.config.evaluation.baselines]
-
-
 def possible(study: Study) -> list[str]:
     """Those of them that the pair allows: distributions take one vocabulary of both models."""
-    names, pair = asked_for(study), study.config.pair
+    names, pair = asked_for(study.config), study.config.pair
     if LOSSES.keys() & set(names) and not share_vocabulary(pair.tinylm.model, pair.llm.model):
         return [name for name in names if name not in LOSSES]
     return names
@@ -55,12 +50,12 @@ def run_baselines(study: Study) -> None:
     Raises:
         UserError: the study asks for none of them, or a client has too few rows.
     """
-    if not asked_for(study):
+    if not asked_for(study.config):
         raise UserError(
             f"evaluation.baselines asks for none of {', '.join(WEAK_TO_STRONG)}; add for instance "
             "evaluation.baselines=[w2s]"
         )
-    if left_out := [name for name in asked_for(study) if name not in possible(study)]:
+    if left_out := [name for name in asked_for(study.config) if name not in possible(study)]:
         say(f"baselines: no {' and '.join(left_out)}, for the models' vocabularies differ")
     jobs = [job for own in strong_jobs(study).values() for job in own.values()]
     if study.store.missing(list({job.key for job in jobs})):

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from gt_ray.baselines.weak_to_strong import WEAK_TO_STRONG
+from gt_ray.baselines.weak_to_strong import asked_for
 from gt_ray.config import Config, ModelSettings
 from gt_ray.curation.planner import TYPICAL_TOKENS, needs, unit_bytes, unit_counts
 from gt_ray.pairs.families import shape_of
@@ -157,7 +157,7 @@ class Hours:
         return self._spread(seconds, how)
 
     def _baselines(self) -> Stage:
-        asked = [name for name in WEAK_TO_STRONG if name in self.config.evaluation.baselines]
+        asked = asked_for(self.config)
         if not asked:
             return Stage(0, 0, "none")
         pair, clients = self.config.pair, clients_of(self.config)

@@ -85,7 +85,8 @@ def test_updates_and_adapters_are_on_disk_and_load(report: dict[str, Any], confi
 def test_the_run_records_what_it_does(report: dict[str, Any], config: Config) -> None:
     found = read_status(config.run_folder)
     stages = {stage.name: stage for stage in found.runs[0].stages}
-    assert found.state == "done" and list(stages) == [stage for stage in STAGES if stage in report["wall_s"]]
+    planned = [stage for stage in STAGES if stage not in ("baselines", "train_controls")]
+    assert found.state == "done" and list(stages) == planned
     units = json.loads((config.run_folder / "units.json").read_text())
     history = json.loads((config.run_folder / "grad_transformer" / "history.json").read_text())
     happened = {

@@ -82,7 +82,7 @@ def _trainer(rank: int, world: int, folder: Path, runs: list[dict[str, Any]]) ->
         task = task_of(folder / "start", **run["settings"])
         strategy = begin(task, rank, torch.device("cpu"))
         first = 0
-        if "from" in run:
+        if run["from"]:
             first = restore(folder / run["from"], strategy)[0]["step"]
         if strategy.shared_out:  # each keeps the share that the planner counts, and together they keep all
             trained = [p for p in strategy.model.parameters() if p.requires_grad]
@@ -131,8 +131,8 @@ def test_strategies_have_the_same_losses_and_go_on_from_one_anothers_checkpoints
     plain: dict[str, Any] = {"phase": "tuples", "accumulation": 2}
     runs: list[dict[str, Any]] = []
 
-    def run(name: str, last: int = STEPS, start: dict[str, str] | None = None, **settings: Any) -> None:
-        runs.append({"name": name, "settings": settings, "last": last, **(start or {})})
+    def run(name: str, last: int = STEPS, start: str = "", **settings: Any) -> None:
+        runs.append({"name": name, "settings": settings, "last": last, "from": start})
 
     for strategy in strategies:
         run(f"{strategy}-tuples", **plain, strategy=strategy)
@@ -141,7 +141,7 @@ def test_strategies_have_the_same_losses_and_go_on_from_one_anothers_checkpoints
     if strategies == ALL:  # DeepSpeed compiles its optimizer for this processor
         run("zero2-offload-bf16", **plain, strategy="zero2", precision="bf16", offload=True)
     run("half", STEPS // 2, **plain, strategy=strategies[-1])
-    run("rest", start={"from": "half"}, **plain, strategy=strategies[-2])
+    run("rest", start="half", **plain, strategy=strategies[-2])
     found = spawn(2, tmp_path, runs)
     for phase in ("tuples", "behaviour"):
         losses, probe = found[f"ddp-{phase}"]
@@ -156,7 +156,7 @@ def test_strategies_have_the_same_losses_and_go_on_from_one_anothers_checkpoints
     assert torch.allclose(losses[STEPS // 2 :], found["rest"][0], rtol=1e-5, atol=0)
     if strategies == ALL:
         runs.clear()
-        run("alone", start={"from": "half"}, **plain, strategy="ddp")
+        run("alone", start="half", **plain, strategy="ddp")
         assert torch.allclose(losses[STEPS // 2 :], spawn(1, tmp_path, runs)["alone"][0], rtol=1e-4, atol=0)
     # Exported, each is the model that its workers had, with the averages of the behaviour phase.
     for name in ("ddp-behaviour", f"{strategies[-2]}-behaviour", "zero3-behaviour", "zero3-tuples"):
