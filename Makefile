@@ -31,10 +31,10 @@ test: check ## lint, types and every test but the slow and GPU ones
 	$(RUN) -m pytest -m "(ray or vllm) and not slow and not gpu"
 
 check: lint types ## lint, types and the quick tests (no Ray, no vLLM), two at once
-	$(RUN) -m pytest -n 2 --dist loadfile -m "$(QUICK)"
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(QUICK)"
 
-test-all: lint types ## lint, types and every test that this machine can run
-	$(RUN) -m pytest $(if $(HAS_GPU),,-m "not gpu")
+test-all: check ## lint, types and every test that this machine can run
+	$(RUN) -m pytest -m "not ($(QUICK))$(if $(HAS_GPU),, and not gpu)"
 
 lint: setup ## ruff: rules and format
 	$(RUN) -m ruff check .

@@ -62,6 +62,12 @@ def copy_tokenizer(folder: Path) -> None:
         shutil.copy(EMBEDDED / "tinylm" / name, folder / name)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest tests first where processes share them, so that none is left alone with these at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.get_closest_marker("scale") is None)
+
+
 @pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a TinyLM (1 layer, width 32) and an LLM (2 layers, width 64) of random weights."""

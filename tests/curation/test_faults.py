@@ -30,6 +30,7 @@ from tests.nodes import Nodes, workers_of
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow  # `make test` kills a node that curates, in test_cluster_study.py
 def test_killed_workers_are_replaced(two_nodes: Nodes, undisturbed: Study, study_config: Make, tmp_path: Path) -> None:
     study = Study.load(study_config(tmp_path))
     with two_nodes.driver(), curation(study) as running:

@@ -67,6 +67,7 @@ def test_a_study_that_asks_for_none_says_how(tiny: Config) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.timeout(600)  # five pools of workers, one after the other
 def test_baselines_are_made_once(
