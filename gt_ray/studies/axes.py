@@ -20,9 +20,12 @@ NAMES = {
     "curation.samples": "samples of a shadow",
     "curation.snapshots": "snapshots",
     "clients.per_task": "clients of a task",
+    "clients.epsilon": "epsilon of clients",
     "pair.tinylm.fine_tune.mechanism.epsilon": "epsilon",
 }
 """Settings that studies are about, and how they are called; of others that differ alike, these are the axis."""
+MADE_OF = {"tuples": ("curation.shadows", "curation.snapshots"), "clients.epsilon": ("clients.mechanisms",)}
+"""What is in no config -> the keys that it follows from."""
 SIZES = ("pair.tinylm.model", "pair.llm.model")
 NO_QUESTION = OF_STUDY | PLACES | {"preset", "seed"}
 LOG_FROM = 4
@@ -37,7 +40,8 @@ class Axis:
     """A setting in which cells differ.
 
     Attributes:
-        key: of the config, dotted; `tuples` is what shadows and snapshots make together.
+        key: of the config, dotted, or of `MADE_OF`: `tuples` is what shadows and snapshots make together,
+            `clients.epsilon` that of the clients' mechanism where all have one.
         numbers: text of a value -> where it lies on the axis; empty: values have an order, but no distances.
     """
 
@@ -73,8 +77,10 @@ def settings_of(config: Config) -> dict[str, Any]:
 
     walk(config.model_dump(mode="json", exclude=set(NO_QUESTION)), "")
     snapshots = len(config.curation.snapshot_steps)
-    tuples = config.curation.shadows * snapshots
-    return found | {"curation.snapshots": snapshots, "tuples": tuples}
+    found |= {"curation.snapshots": snapshots, "tuples": config.curation.shadows * snapshots}
+    if len(mechanisms := found["clients.mechanisms"]) == 1:
+        found["clients.epsilon"] = mechanisms[0].get("epsilon")
+    return found
 
 
 def varying(settings: Sequence[Settings]) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 from gt_ray.errors import UserError
 from gt_ray.evaluation.run import scores_of_report
 from gt_ray.evaluation.summary import summarise
-from gt_ray.studies.axes import Axis, Settings, axes_of, settings_of, varying
+from gt_ray.studies.axes import MADE_OF, Axis, Settings, axes_of, settings_of, varying
 from gt_ray.studies.curves import NOTHING
 from gt_ray.studies.facts import finite, scores_of
 from gt_ray.studies.sheets import Cell, mean_of
@@ -171,8 +171,8 @@ def mean_entry(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _series(axis: Axis, axes: Sequence[Axis], points: Sequence[Point]) -> list[Series]:
-    made_of = ("curation.shadows", "curation.snapshots") if axis.key == "tuples" else (axis.key, "tuples")
-    others = [one for one in axes if one.key not in (axis.key, *made_of)]
+    same = {axis.key, "tuples", *MADE_OF.get(axis.key, ())}
+    others = [one for one in axes if one.key not in same]
     groups: dict[str, list[Point]] = {}
     for point in points:
         fixed = ", ".join(f"{one.name} {one.text(point.settings)}" for one in others)
@@ -187,6 +187,6 @@ def _series(axis: Axis, axes: Sequence[Axis], points: Sequence[Point]) -> list[S
             placed = [(float(i), i) for i in range(len(group))]
         if len({x for x, _ in placed}) > 1:
             chosen = tuple(group[i] for _, i in placed)
-            also = [key for key in varying([one.settings for one in chosen]) if key not in (axis.key, *made_of)]
+            also = [key for key in varying([one.settings for one in chosen]) if key not in same]
             found.append(Series(axis, chosen, tuple(x for x, _ in placed), fixed, tuple(also)))
     return found

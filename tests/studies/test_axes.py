@@ -72,6 +72,15 @@ def test_epsilon_is_the_axis_of_private_fine_tunes_and_plain_ones_have_no_place_
     assert [axis.text(one) for one in found] == ["none", "1", "4"] and keys(axes_of(found)) == [axis.key]
 
 
+def test_epsilon_of_clients_is_an_axis_where_each_cell_has_one_mechanism() -> None:
+    cells = [f"clients.mechanisms=[{{name: dp_sgd, epsilon: {epsilon}}}]" for epsilon in (1, 4)]
+    found = [settings_of(load_config("embedded-figure7", [cell])) for cell in ("seed=0", "seed=1", *cells)]
+    (axis,) = axes_of(found)
+    assert axis.name == "epsilon of clients" and [axis.number(one) for one in found] == [None, None, 1, 4]
+    both = "clients.mechanisms=[sft, {name: dp_sgd, epsilon: 1}]"
+    assert keys(axes_of([found[0], settings_of(load_config("embedded-figure7", [both]))])) == ["clients.mechanisms"]
+
+
 def test_values_as_texts() -> None:
     assert text_of_value(["q_proj", "k_proj"]) == "q_proj, k_proj" and text_of_value([]) == "none"
     assert text_of_value(16384) == "16,384" and text_of_value(1e-5) == "1e-05" and text_of_value(None) == "none"

@@ -110,6 +110,17 @@ def test_tuples_are_swept_over_shadows_and_snapshots(tmp_path: Path) -> None:
     assert all(not one.also for one in found.series)
 
 
+def test_private_clients_are_swept_over_their_epsilon(tmp_path: Path) -> None:
+    mechanism = "clients.mechanisms='[{{name: dp_sgd, epsilon: {}}}]'"
+    cells = [f"{mechanism.format(epsilon)} clients.per_task={n}" for n in (1, 2) for epsilon in (4, 1, 16)]
+    found = [one for one in sweep(made_up_study(tmp_path / "a", cells)).series if one.axis.key == "clients.epsilon"]
+    assert {one.title: one.x for one in found} == {
+        "epsilon of clients; clients of a task 1": (1, 4, 16),
+        "epsilon of clients; clients of a task 2": (1, 4, 16),
+    }
+    assert all(one.axis.is_log and not one.also for one in found)
+
+
 def test_points_without_a_place_on_the_axis_are_left_out_and_names_come_one_after_the_other(tmp_path: Path) -> None:
     modules = ["[q_proj,k_proj]", "[v_proj]", "[o_proj]"]
     cells = [f"pair.llm.lora.target_modules={one}" for one in modules]
