@@ -128,8 +128,6 @@ def _print(preset: str, price: float, found: Sequence[tuple[str, Prediction]]) -
         )
         of_stages.add_row(name, *(f"{hours:,.1f}" for hours in one.stage_hours.values()))
     console.print(of_all, of_stages)
-    if given_up := [f"{one.given_up:.1f} on {one.gpus} GPUs" for _, one in found if one.given_up]:
-        console.print(f"Groups that died three times, and wait for the command's next run: {', '.join(given_up)}.")
 
 
 def _span(one: Interval) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from gt_ray.progress import say
 WANTED_GPUS = "GT_RAY_GPUS"
 """Environment variable: GPUs that the cluster has to have before work is cut up for them."""
 LOOK_S = 1.0
+SAY_S = 300
 
 
 def connect() -> Any:
@@ -73,13 +75,16 @@ def _wait_for_gpus(wanted: int) -> None:
     ends with this program, however that ends."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    if (there := total(nodes(), "GPU")) >= wanted:
+    if total(nodes(), "GPU") >= wanted:
         return
-    say(f"waiting for {wanted} GPUs ({WANTED_GPUS}); this Ray cluster has {there:g}")
     # A CPU beside each: then an autoscaler prefers nodes with few of them.
     group = placement_group([{"GPU": 1, "CPU": 1}] * wanted)
+    said = -math.inf
     try:
-        while total(nodes(), "GPU") < wanted:
+        while (there := total(nodes(), "GPU")) < wanted:
+            if time.monotonic() - said >= SAY_S:
+                said = time.monotonic()
+                say(f"waiting for {wanted} GPUs ({WANTED_GPUS}); this Ray cluster has {there:g}")
             time.sleep(LOOK_S)
     finally:
         remove_placement_group(group)

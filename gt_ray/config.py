@@ -186,14 +186,21 @@ class Config(Section):
     def absolute(self) -> Config:
         """The same with absolute paths: Ray's workers have another working folder."""
 
-        def local(model: ModelSettings) -> ModelSettings:
-            folder = Path(model.model)
-            return model.model_copy(update={"model": str(folder.resolve())}) if folder.is_dir() else model
+        def local(name: str) -> str:
+            return str(Path(name).resolve()) if Path(name).is_dir() else name  # else a name on the Hub
 
-        pair, *further = (PairSettings(tinylm=local(one.tinylm), llm=local(one.llm)) for one in self.pairs)
-        store = self.store if "://" in self.store else str(Path(self.store).resolve())
-        places = {"runs": self.runs.resolve(), "store": store}
-        return self.model_copy(update={**places, "pair": pair, "further_pairs": tuple(further)})
+        def of_model(settings: ModelSettings) -> ModelSettings:
+            return settings.model_copy(update={"model": local(settings.model)})
+
+        pair, *further = (PairSettings(tinylm=of_model(one.tinylm), llm=of_model(one.llm)) for one in self.pairs)
+        update: dict[str, Any] = {"pair": pair, "further_pairs": tuple(further), "runs": self.runs.resolve()}
+        update["store"] = self.store if "://" in self.store else str(Path(self.store).resolve())
+        if self.data.folder is not None:
+            update["data"] = self.data.model_copy(update={"folder": self.data.folder.resolve()})
+        if (phi := self.grad_transformer.phi) is not None and phi.pretrained is not None:
+            phi = phi.model_copy(update={"pretrained": local(phi.pretrained)})
+            update["grad_transformer"] = self.grad_transformer.model_copy(update={"phi": phi})
+        return self.model_copy(update=update)
 
     def to_yaml(self) -> str:
         """The full tree, loadable by `load_config`."""

@@ -1,7 +1,7 @@
 """Score all systems and write the report.
 
 python jobs/evaluate.py --preset embedded [key=value ...]
-ray job submit -- python jobs/evaluate.py --preset embedded
+ray job submit --working-dir . -- python jobs/evaluate.py --preset embedded
 """
 
 from gt_ray.cli import job

@@ -1,7 +1,7 @@
 """Generate LLM adapters from client updates.
 
 python jobs/generate.py --preset embedded [key=value ...]
-ray job submit -- python jobs/generate.py --preset embedded
+ray job submit --working-dir . -- python jobs/generate.py --preset embedded
 """
 
 from gt_ray.cli import job

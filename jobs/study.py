@@ -1,7 +1,7 @@
 """Run the main job once per cell of a study.
 
 python jobs/study.py --preset embedded [key=value ...]
-ray job submit -- python jobs/study.py --preset embedded
+ray job submit --working-dir . -- python jobs/study.py --preset embedded
 """
 
 from gt_ray.cli import job

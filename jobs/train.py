@@ -1,7 +1,7 @@
 """Train the Grad-Transformer on curated tuples.
 
 python jobs/train.py --preset embedded [key=value ...]
-ray job submit -- python jobs/train.py --preset embedded
+ray job submit --working-dir . -- python jobs/train.py --preset embedded
 """
 
 from gt_ray.cli import job

@@ -342,3 +342,19 @@ def test_the_real_tasks_have_rows_for_a_validation_shadow(preset: str) -> None:
             public = TRAINING_ROWS[task] * (1 - config.data.private_share)
             held_out = 0.99 * public * config.data.validation_share  # some rows are twice there
             assert min(held_out, public - held_out) >= config.curation.samples, f"{cell} {task}"
+
+
+def test_absolute_paths_are_of_all_folders_and_names_of_the_hub_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("models", "rows", "t5"):
+        (tmp_path / name).mkdir()
+    overrides = ["pair.tinylm.model=models", "data.source=files", "data.folder=rows", "store=store"]
+    config = load_config("embedded", [*overrides, "grad_transformer.phi={pretrained: t5}"]).absolute()
+    assert config.pair.tinylm.model == str(tmp_path / "models") and config.pair.llm.model == "embedded:llm"
+    assert config.data.folder == tmp_path / "rows" and config.store == str(tmp_path / "store")
+    assert config.grad_transformer.phi and config.grad_transformer.phi.pretrained == str(tmp_path / "t5")
+    config = load_config("embedded", ["grad_transformer.phi={pretrained: google/t5}", "store=s3://b/s"]).absolute()
+    assert config.grad_transformer.phi and config.grad_transformer.phi.pretrained == "google/t5"
+    assert config.store == "s3://b/s" and config.data.folder is None and config.absolute() == config

@@ -6,6 +6,8 @@ Estimates from a model's config alone, so a study can be planned where its weigh
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.filesize import decimal
 
-from gt_ray.cluster import Nodes
+from gt_ray.cluster import Nodes, total
 from gt_ray.config import Config, ModelSettings
 from gt_ray.errors import UserError
 from gt_ray.pairs.devices import piece_parameters, pieces, split
@@ -38,6 +40,8 @@ RESERVE = 0.1
 """Share of a GPU that libraries and fragments take."""
 LOOK_S = 120
 """How long to wait for a GPU of the cluster to be looked at."""
+GPU_BYTES = "GT_RAY_GPU_BYTES"
+"""Environment variable: memory of a GPU of the cluster, for processes that need not look for themselves."""
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)
 SPREADS = (2, 4, 8)
 """GPUs over which a model that does not fit into one is spread; of one node, whose GPUs are near each other."""
@@ -206,6 +210,16 @@ def _hint(settings: ModelSettings, share: float, gpu_bytes: int, most: int) -> s
     return f"; with gradient_checkpointing=true {fewer:g} would do" if fewer < share else ""
 
 
+def gpus_as_seen(configs: Sequence[Config], nodes: Nodes) -> dict[str, str]:
+    """Environment variables of further processes that work on these studies: a GPU's memory, where they would look.
+
+    Once others are at work there may be no GPU left to be looked at.
+    """
+    models = [getattr(pair, side) for config in configs for pair in config.pairs for side in ("tinylm", "llm")]
+    look = total(nodes, "GPU") > 0 and any(settings.num_gpus == "auto" for settings in models)
+    return {GPU_BYTES: str(_gpu_bytes())} if look else {}
+
+
 @cache
 def _gpu_bytes() -> int:
     """Memory of a GPU of the cluster, as a task on it finds it.
@@ -213,6 +227,8 @@ def _gpu_bytes() -> int:
     Raises:
         UserError: all GPUs are taken.
     """
+    if known := os.environ.get(GPU_BYTES):
+        return int(known)
     import ray
 
     @ray.remote(num_gpus=0.01, num_cpus=0)

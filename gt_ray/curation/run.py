@@ -46,7 +46,8 @@ def run_fine_tunes(
         How many were run.
 
     Raises:
-        UserError: the store cannot be written, or some jobs failed; the others are done by then.
+        UserError: the store cannot be written, or is another one on another node; or some jobs failed, and the others
+            are done by then.
     """
     jobs = list({job.key: job for job in jobs}.values())
     study.store.sweep()
@@ -57,12 +58,16 @@ def run_fine_tunes(
     study.store.check_writable()
     say(f"{stage}: {len(keys)} of {len(jobs)} units to fine-tune")
     errors: dict[str, str] = {}
+    trusted: set[str] = set()  # nodes whose store is the driver's
     with bar(stage, len(keys)) as progress, closing(_stream(study, jobs, keys)) as stream:
-        for key, error in stream:
+        for key, error, node in stream:
             if key in keys:
                 progress.advance(error=error)
                 errors[key] = error
                 if not error:
+                    if node not in trusted:
+                        study.store.written(key)
+                        trusted.add(node)
                     made(key)
     failed = {key: error for key, error in errors.items() if error}
     if failed:
@@ -75,8 +80,8 @@ def run_fine_tunes(
     return len(keys)
 
 
-def _stream(study: Study, jobs: Sequence[FineTuneJob], keys: set[str]) -> Generator[tuple[str, str], None, None]:
-    """Key and error of every job, as blocks finish."""
+def _stream(study: Study, jobs: Sequence[FineTuneJob], keys: set[str]) -> Generator[tuple[str, str, str], None, None]:
+    """Key, error and node of every job, as blocks finish."""
     ray = connect()
     import pyarrow as pa
 
@@ -120,7 +125,7 @@ def _stream(study: Study, jobs: Sequence[FineTuneJob], keys: set[str]) -> Genera
         )
     plan = pools[0].union(*pools[1:]) if len(pools) > 1 else pools[0]
     for batch in plan.iter_batches(batch_size=None, prefetch_batches=0):
-        yield from zip(map(str, batch["key"]), map(str, batch["error"]), strict=True)
+        yield from zip(*(map(str, batch[name]) for name in ("key", "error", "node")), strict=True)
 
 
 def _blocks(jobs: Sequence[FineTuneJob], at_once: int | Literal["auto"], actors: int) -> list[list[FineTuneJob]]:

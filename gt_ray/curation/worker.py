@@ -20,23 +20,27 @@ MOST_DEATHS = 3
 
 
 def start_attempts() -> Any:
-    """A counter, on this node, of how often something has been begun and not ended, since its worker died."""
+    """A counter, on this node, of how often something has been begun and not ended, since its worker died.
+
+    A worker whose node went away with it, such as a spot machine, did not die of what it did, and does not count.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     class Attempts:
         def __init__(self) -> None:
-            self.begun: dict[str, int] = {}
+            self.begun: dict[str, list[str]] = {}
 
-        def begin(self, what: str) -> int:
-            """How often it has been begun before and not ended."""
-            before = self.begun.get(what, 0)
-            self.begun[what] = before + 1
-            return before
+        def begin(self, what: str, node: str) -> int:
+            """How often it has been begun before, on nodes that are still there, and not ended."""
+            there = {one["NodeID"] for one in ray.nodes() if one["Alive"]}
+            before = [one for one in self.begun.get(what, []) if one in there]
+            self.begun[what] = [*before, node]
+            return len(before)
 
         def end(self, what: str) -> None:
             """It has been gone through, well or not; nobody died of it this time."""
-            self.begun[what] -= 1
+            self.begun[what].pop()
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Killed itself, it starts again from zero: then a group that kills its workers does so a few times more.
@@ -60,13 +64,14 @@ class FineTuner:
         self.study: Study = ray.get(shared["study"])
         self.shared = shared
         self.devices = own_devices()
+        self.node = ray.get_runtime_context().get_node_id()
         self.loaded: tuple[Side, Any, Any] | None = None
 
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
         """One block of jobs of one model and task, fine-tuned alike.
 
         Returns:
-            Columns `key` and `error`, which is empty where the unit is in the store.
+            Columns `key`, `error`, which is empty where the unit is in the store, and `node`, where this actor is.
         """
         block = {name: list(column[0]) for name, column in block.items()}  # a row is a block
         jobs = [json.loads(text) for text in block["job"]]
@@ -75,7 +80,7 @@ class FineTuner:
         deaths = self._begin(block_name)
         if deaths >= MOST_DEATHS:
             error = f"{deaths} workers died while they loaded {jobs[0]['side']} or measured a step of it"
-            return {"key": list(errors), "error": [f"{error}; is there enough memory?"] * len(errors)}
+            return self._answer(dict.fromkeys(errors, f"{error}; is there enough memory?"))
         engine, tokenizer = self._load(jobs[0]["side"])
         settings = FineTuneSettings.model_validate(jobs[0]["made_by"]["fine_tune"])
         sets = {}
@@ -93,13 +98,16 @@ class FineTuner:
             members = [jobs[i] for i in group]
             if self.study.store.missing([job["key"] for job in members]):
                 errors |= self._attempt(engine, members, [sets[job["key"]] for job in members], settings)
-        return {"key": list(errors), "error": list(errors.values())}
+        return self._answer(errors)
+
+    def _answer(self, errors: dict[str, str]) -> dict[str, Any]:
+        return {"key": list(errors), "error": list(errors.values()), "node": [self.node] * len(errors)}
 
     def _attempt(self, engine: Any, jobs: list[dict[str, Any]], sets: list[Any], settings: Any) -> dict[str, str]:
         """Fine-tune a group, in ever smaller parts where it has killed its workers before; errors by key."""
         name = "group of " + jobs[0]["key"]
         deaths = self._begin(name)
-        # One death may be a node that went away; more are most likely for the memory that the group takes.
+        # One death may be chance; more are most likely for the memory that the group takes.
         size = max(1, len(jobs) >> max(0, deaths - 1))
         errors: dict[str, str] = {}
         for first in range(0, len(jobs), size):
@@ -120,7 +128,7 @@ class FineTuner:
         """Note that something is begun; how many workers have died of it."""
         import ray
 
-        return int(ray.get(self.shared["attempts"].begin.remote(what)))
+        return int(ray.get(self.shared["attempts"].begin.remote(what, self.node)))
 
     def _end(self, what: str) -> None:
         self.shared["attempts"].end.remote(what)
@@ -208,7 +216,6 @@ class FineTuner:
         import psutil
         import ray
 
-        here = ray.get_runtime_context().get_node_id()
-        cpus = sum(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["NodeID"] == here)
+        cpus = sum(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["NodeID"] == self.node)
         neighbours = max(1, min(self.shared["actors"], cpus))  # each takes a CPU of its machine
         return int(CPU_SHARE * psutil.virtual_memory().available / neighbours)

@@ -240,13 +240,11 @@ def _draws(by_system: BySystem, floor: str, values: Callable[[ClientScores], Any
     from the errors of its test rows, on which the three are paired."""
     systems = [by_system[name] for name in ("ours", "P_T", floor)]
     means, roots = [], []
-    for client in systems[0]:
-        if all(client in one for one in systems):
-            rows = np.stack([values(one[client]) for one in systems])
-            if (n := (rows := rows[:, np.isfinite(rows).all(0)]).shape[1]) > 0:
-                means.append(rows.mean(1))
-                variances, axes = np.linalg.eigh(np.cov(rows) / n if n > 1 else np.zeros((3, 3)))
-                roots.append(axes * np.sqrt(variances.clip(0)))
+    for rows in _by_holder(systems, lambda found: np.stack([values(one) for one in found])):
+        if (n := (rows := rows[:, np.isfinite(rows).all(0)]).shape[1]) > 0:
+            means.append(rows.mean(1))
+            variances, axes = np.linalg.eigh(np.cov(rows) / n if n > 1 else np.zeros((3, 3)))
+            roots.append(axes * np.sqrt(variances.clip(0)))
     picks = rng.integers(0, len(means), (RESAMPLES, len(means)))
     noise = np.einsum("rcij,rcj->rci", np.stack(roots)[picks], rng.standard_normal((*picks.shape, 3)))
     return (np.stack(means)[picks] + noise).mean(1)
@@ -305,5 +303,17 @@ def _interval(ours: ByClient, other: ByClient, values: Callable[[ClientScores], 
 
 def _differences(first: ByClient, second: ByClient, values: Callable[[ClientScores], Any]) -> list[Any]:
     """Differences of the test rows that both have, for each client that both have."""
-    found = [values(first[name]) - values(second[name]) for name in first if name in second]
+    found = _by_holder((first, second), lambda pair: values(pair[0]) - values(pair[1]))
     return [kept for d in found if len(kept := d[~np.isnan(d)])]
+
+
+def _by_holder(systems: Sequence[ByClient], of: Callable[[Sequence[ClientScores]], Any]) -> list[Any]:
+    """What `of` makes, [.., n], of the scores of each client that all systems have.
+
+    One organisation that fine-tunes by several mechanisms has its test rows once: it is one client with the mean.
+    """
+    found: dict[str, list[Any]] = {}
+    for name, result in systems[0].items():
+        if all(name in one for one in systems):
+            found.setdefault(result.client.holder, []).append(of([one[name] for one in systems]))
+    return [np.mean(values, axis=0) for values in found.values()]

@@ -24,8 +24,6 @@ NAMES = {
     "pair.tinylm.fine_tune.mechanism.epsilon": "epsilon",
 }
 """Settings that studies are about, and how they are called; of others that differ alike, these are the axis."""
-MADE_OF = {"tuples": ("curation.shadows", "curation.snapshots"), "clients.epsilon": ("clients.mechanisms",)}
-"""What is in no config -> the keys that it follows from."""
 SIZES = ("pair.tinylm.model", "pair.llm.model")
 NO_QUESTION = OF_STUDY | PLACES | {"preset", "seed"}
 LOG_FROM = 4
@@ -40,14 +38,16 @@ class Axis:
     """A setting in which cells differ.
 
     Attributes:
-        key: of the config, dotted, or of `MADE_OF`: `tuples` is what shadows and snapshots make together,
-            `clients.epsilon` that of the clients' mechanism where all have one.
+        key: of the config, dotted; `tuples` is what shadows and snapshots make together, `clients.epsilon` that of the
+            clients' mechanism where all have one.
         numbers: text of a value -> where it lies on the axis; empty: values have an order, but no distances.
+        whole: whether models and folders are called by all of their names, for some have the same last part.
     """
 
     key: str
     name: str
     numbers: Mapping[str, float]
+    whole: bool = False
 
     @property
     def is_log(self) -> bool:
@@ -57,7 +57,7 @@ class Axis:
 
     def text(self, settings: Settings) -> str:
         """A cell's value."""
-        return text_of_value(settings.get(self.key))
+        return text_of_value(settings.get(self.key), self.whole)
 
     def number(self, settings: Settings) -> float | None:
         """Where a cell lies on the axis; none where it has no place there, such as clients without an epsilon."""
@@ -65,7 +65,8 @@ class Axis:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """The settings that scores may depend on; snapshots as the recipe counts them."""
+    """The settings that scores may depend on; snapshots as the recipe counts them, the epsilon of clients who have one
+    mechanism apart from the rest of it."""
     found: dict[str, Any] = {}
 
     def walk(value: Any, key: str) -> None:
@@ -78,8 +79,9 @@ def settings_of(config: Config) -> dict[str, Any]:
     walk(config.model_dump(mode="json", exclude=set(NO_QUESTION)), "")
     snapshots = len(config.curation.snapshot_steps)
     found |= {"curation.snapshots": snapshots, "tuples": config.curation.shadows * snapshots}
-    if len(mechanisms := found["clients.mechanisms"]) == 1:
-        found["clients.epsilon"] = mechanisms[0].get("epsilon")
+    match found["clients.mechanisms"]:
+        case [{"epsilon": epsilon, **others}]:
+            found |= {"clients.mechanisms": [others], "clients.epsilon": epsilon}
     return found
 
 
@@ -105,14 +107,14 @@ def axes_of(settings: Sequence[Settings]) -> list[Axis]:
     return axes
 
 
-def text_of_value(value: Any) -> str:
-    """A value as a table shows it; models by the last part of their names."""
+def text_of_value(value: Any, whole: bool = False) -> str:
+    """A value as a table shows it; models by the last part of their names, or by all of them."""
     if isinstance(value, list):
-        return ", ".join(map(text_of_value, value)) or "none"
+        return ", ".join(text_of_value(one, whole) for one in value) or "none"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {text_of_value(inner)}" for name, inner in value.items() if inner is not None)
+        return ", ".join(f"{name} {text_of_value(inner, whole)}" for name, inner in value.items() if inner is not None)
     if isinstance(value, str):
-        return re.split("[/:]", value)[-1] or value
+        return value if whole else re.split("[/:]", value)[-1] or value
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "none"}[value]
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
@@ -123,14 +125,17 @@ def _told_apart(keys: Sequence[str], settings: Sequence[Settings]) -> set[str]:
 
 
 def _axis(key: str, settings: Sequence[Settings]) -> Axis:
-    return Axis(key, NAMES.get(key, key), _numbers(key, settings))
+    values = [one.get(key) for one in settings]
+    whole = len({text_of_value(value) for value in values}) < len({_content(value) for value in values})
+    return Axis(key, NAMES.get(key, key), _numbers(key, settings, whole), whole)
 
 
-def _numbers(key: str, settings: Sequence[Settings]) -> dict[str, float]:
+def _numbers(key: str, settings: Sequence[Settings], names: bool = False) -> dict[str, float]:
     """Places of the values; of models their parameters. Empty where a value other than none has no place."""
     values = [value for one in settings if (value := one.get(key)) is not None]
     sizes = [_parameters(value) if key in SIZES else finite(value) for value in values]
-    known = {text_of_value(value): float(size) for value, size in zip(values, sizes, strict=True) if size is not None}
+    texts = [text_of_value(value, names) for value in values]
+    known = {text: float(size) for text, size in zip(texts, sizes, strict=True) if size is not None}
     whole = len(known) == len({_content(value) for value in values}) and None not in sizes
     return known if whole and len(set(known.values())) > 1 else {}
 

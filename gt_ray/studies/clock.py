@@ -18,6 +18,7 @@ from gt_ray.config import OF_STUDY, Config
 from gt_ray.curation.jobs import SIDES, FineTuneJob, model_settings
 from gt_ray.curation.planner import gpus_of_an_actor
 from gt_ray.curation.study import Study
+from gt_ray.errors import UserError
 from gt_ray.events import during, recording
 from gt_ray.updates.files import write_atomically
 from gt_ray.updates.store import UnitMeta, unit_key
@@ -86,14 +87,18 @@ def _cores(processes: int) -> float:
 
 
 def _gpus(config: Config) -> float:
-    """GPUs of an actor with the LLM; 0 without GPUs, and where nothing had to be done, so that Ray is not there."""
+    """GPUs of an actor with the LLM; 0 without GPUs, and where nothing had to be done, so that Ray is not there. One
+    where it cannot be told."""
     import ray
 
     if not ray.is_initialized():
         return 0.0
     from gt_ray.cluster import nodes
 
-    return gpus_of_an_actor(model_settings(config, "llm"), nodes())
+    try:
+        return gpus_of_an_actor(model_settings(config, "llm"), nodes())
+    except UserError:  # others hold all GPUs, so that none could be looked at: a stage that is done stays so
+        return 1.0
 
 
 def times(study: Study, ceilings: Sequence[FineTuneJob]) -> dict[str, Any]:
@@ -124,8 +129,8 @@ def times(study: Study, ceilings: Sequence[FineTuneJob]) -> dict[str, Any]:
         "ceilings": sum(of(ceilings)),
     }
     client = {f"{side}_fine_tune_s": sum(seconds) / len(seconds) for side, seconds in alone.items()}
-    if "generate" in stages["wall_s"]:
-        client["generate_s"] = stages["wall_s"]["generate"] / len(study.groups())
+    if "generate" in stages["device_s"]:
+        client["generate_s"] = stages["device_s"]["generate"] / len(study.groups())
     provider = dict(curated)
     if "train" in stages["device_s"]:
         provider["train_s"] = stages["device_s"]["train"]

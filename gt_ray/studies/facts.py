@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gt_ray.baselines.weak_to_strong import WEAK_TO_STRONG
+from gt_ray.tasks.data import holder_of
 
 MAIN = ("base_S", "P_S", "base_T", "P_T", "ours")
 RATIOS = {"PGR": "pgr", "gain recovered": "gain_recovered"}
@@ -116,10 +117,10 @@ def essentials(report: Mapping[str, Any]) -> str:
     tested: dict[str, dict[str, int]] = {}
     for row in rows:
         if "n_test" in row:
-            tested.setdefault(row["task"], {})[row["client"]] = row["n_test"]
+            tested.setdefault(row["task"], {})[_holder(row)] = row["n_test"]
     wall = sum(walls_of(report).values())
     counts = sorted({sum(clients.values()) for clients in tested.values()})
-    clients = len({(row["task"], row["client"]) for row in rows})
+    clients = len({(row["task"], _holder(row)) for row in rows})
     parts = [
         f"{clients} client{'s' * (clients != 1)}" if clients else "",
         f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} test rows a task" if counts else "",
@@ -128,6 +129,10 @@ def essentials(report: Mapping[str, Any]) -> str:
         f"{duration(wall)} in total" if wall else "",
     ]
     return ", ".join(filter(None, parts))
+
+
+def _holder(row: Mapping[str, Any]) -> str:
+    return holder_of(str(row["client"]), str(row.get("label", "")))
 
 
 def pair_of(report: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from gt_ray.cluster import connect, nodes, total
 from gt_ray.config import Config
 from gt_ray.curation.jobs import SIDES, FineTuneJob
+from gt_ray.curation.planner import gpus_as_seen
 from gt_ray.curation.run import run_fine_tunes
 from gt_ray.curation.study import Study
 from gt_ray.errors import OutOfBudget, reason, user_error_in
@@ -150,7 +151,9 @@ def run_graph(
 
     # On the driver's own node: others may be taken away at any time, and a node's work is done by workers elsewhere.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    elsewhere = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(run_node)
+    seen = gpus_as_seen([node.config for node in graph], nodes())
+    environment = {"runtime_env": {"env_vars": seen}} if seen else {}
+    elsewhere = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here, **environment)(run_node)
     waiting = list(graph)
     running: dict[Any, Node] = {}
     promised: dict[Any, float] = {}  # of the budget, to those that run
@@ -230,8 +233,10 @@ def _fine_tune(study: Study, keys: set[str], most_s: float | None) -> None:
 
     def count(key: str) -> None:
         nonlocal spent_s
-        spent_s += study.store.header(key).meta.device_s
-        if most_s is not None and spent_s >= most_s:
+        if most_s is None:
+            return
+        spent_s += study.store.written(key).meta.device_s
+        if spent_s >= most_s:
             raise OutOfBudget("the budget is spent")
 
     for one in (study, *study.further):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gt_ray.config import OF_STUDY, PLACES, load_config
 from gt_ray.errors import UserError
 from gt_ray.studies.facts import (
     CERTAINTY,
@@ -46,6 +48,7 @@ from gt_ray.studies.facts import (
 from gt_ray.studies.plots import bars, curves, fans, forest, role_of
 from gt_ray.studies.sheets import print_sheets
 from gt_ray.studies.times import time_tables
+from gt_ray.tasks.data import holder_of
 from gt_ray.updates.files import write_atomically
 
 IN_FANS = ("P_S", "ours", "P_T")
@@ -102,7 +105,7 @@ def write_html(run_folder: Path) -> Path:
     report = read_json(run_folder / "report.json")
     if not isinstance(report, dict):
         raise UserError(f"{run_folder / 'report.json'} is not there or no report; run `gt-ray evaluate` first")
-    history = read_json(run_folder / "grad_transformer" / "history.json") or []
+    history = read_history(run_folder)
     bounds = read_json(run_folder / "bounds.json")
     summary = summary_of(report)
     tasks = sorted(summary, key=lambda task: task != "average")  # the average first: a phone shows few columns
@@ -140,7 +143,7 @@ def write_html(run_folder: Path) -> Path:
         time_notes=time_words,
         list_of_names={*grid, *(population_grid if len(populations) > 1 else ())},
         origin=origin_of(report),
-        command=command_of(report),
+        command=_command(report, run_folder),
         has_config=(run_folder / "config.yaml").is_file(),
     )
     path = run_folder / "report.html"
@@ -174,6 +177,16 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not readable: {error}") from error
 
 
+def read_history(run_folder: Path) -> list[dict[str, Any]]:
+    """Losses and measures of the Grad-Transformer's checkpoints; empty where there are none.
+
+    Raises:
+        UserError: the file is not readable.
+    """
+    found = read_json(run_folder / "grad_transformer" / "history.json")
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+
 def _chunks(widths: Sequence[int], room: int) -> list[list[int]]:
     """Positions of the columns, split where they would be wider than the room."""
     chunks: list[list[int]] = [[]]
@@ -204,6 +217,18 @@ def _score_charts(report: Mapping[str, Any]) -> dict[str, Markup]:
     return charts
 
 
+def _command(report: Mapping[str, Any], run_folder: Path) -> str:
+    """The command that makes the run again: from its preset, or where it had further overrides from its config."""
+    file, short = run_folder / "config.yaml", command_of(report)
+    if not file.is_file():
+        return short
+    with suppress(UserError, KeyError):  # a preset that is no longer there
+        config, plain = load_config(str(file)), load_config(str(report["preset"]), [f"seed={report['seed']}"])
+        if config == plain.model_copy(update={name: getattr(config, name) for name in PLACES | OF_STUDY}):
+            return short
+    return "gt-ray pipeline --preset config.yaml"
+
+
 def _error(rows: Sequence[Mapping[str, Any]], system: str) -> float | None:
     """Standard error of a system's mean score over its clients, where every client has one."""
     ses = [finite(row.get("se")) for row in rows if row.get("system") == system]
@@ -217,7 +242,7 @@ def _mechanism_charts(report: Mapping[str, Any]) -> dict[str, Markup]:
     labels = list(dict.fromkeys(str(row["label"]) for row in report.get("rows") or [] if "label" in row))
     for row in report.get("rows") or []:
         if "label" in row and row["system"] in IN_FANS:
-            client = str(row["client"]).removesuffix(str(row["label"]).replace(" ", "-"))
+            client = holder_of(str(row["client"]), str(row["label"]))
             systems = found.setdefault(row["task"], {})
             systems.setdefault(row["system"], {}).setdefault(client, {})[str(row["label"])] = row["score"]
     charts = {}

@@ -87,6 +87,9 @@ def read_study(folder: Path) -> tuple[dict[str, Any], list[Cell]]:
         reports = [json.loads((place / "report.json").read_text(encoding="utf-8")) for place in places]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no study with finished cells; run `gt-ray study` first ({error})") from error
+    for place, report in zip(places, reports, strict=True):
+        if not isinstance(report, dict) or not (place / "config.yaml").is_file():
+            raise UserError(f"{place} has no config.yaml, or a damaged report.json; remove it and run the study again")
     configs = [load_config(str(place / "config.yaml")) for place in places]
     return tree, list(map(Cell, configs, reports, places, overrides))
 

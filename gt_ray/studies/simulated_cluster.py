@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import simpy
 
-from gt_ray.curation.worker import MOST_DEATHS
 from gt_ray.studies.simulated_storage import Steps, Storage
 from gt_ray.studies.simulation import CAUSES, Block, Cause, Conditions, Node, Pool, Run, Stage
 
@@ -24,7 +23,6 @@ class _Work:
     block: Block
     group_s: list[float]
     done: int = 0
-    deaths: int = 0
     nodes: list[int] = field(default_factory=list)
 
 
@@ -78,7 +76,7 @@ class Cluster:
         self.paid: list[tuple[float, float]] = []
         self.on_since: dict[int, float] = {}
         self.works: list[_Work] = []
-        self.deaths = self.groups_lost = self.given_up = 0
+        self.deaths = self.groups_lost = 0
 
     def run(self) -> Run:
         """Go through all stages."""
@@ -97,7 +95,6 @@ class Cluster:
             sum(end - start for start, end in paid) * self.conditions.node_gpus,
             self.deaths,
             self.groups_lost,
-            self.given_up,
             {work.name: work.nodes for work in self.works},
         )
 
@@ -283,11 +280,9 @@ class Cluster:
         except simpy.Interrupt:
             self._note(start, gpus, "lost", min(self.env.now, start + seconds))
             self.groups_lost += 1
-            work.deaths += 1
-            self.given_up += work.deaths == MOST_DEATHS
             raise
         self._note(start, gpus, "computing", start + seconds)
-        work.done, work.deaths = work.done + 1, 0
+        work.done += 1
 
     def _load(self, pool: _Pool, model: str, places: list[tuple[_Node, float]]) -> Steps:
         gpus, size = pool.pool.gpus, pool.pool.weight_bytes.get(model, 0.0)

@@ -221,7 +221,10 @@ class SimulatedStudy:
     def _evaluation(self) -> Pool:
         """Calls of rows on engines of the LLM; as many as fit, unless the config says how many."""
         settings = self.config.evaluation
-        gpus = settings.vllm.tensor_parallel if settings.num_gpus == "auto" else settings.num_gpus
+        auto = settings.num_gpus == "auto"
+        gpus = float(
+            settings.vllm.tensor_parallel if auto else settings.num_gpus or 1
+        )  # 0 means CPUs, which nothing here has
         gpu_s, rows = self.hours.evaluation()
         calls = max(1, -(-rows // CALL_ROWS))
         blocks = (Block("engine", (gpu_s / gpus / calls,), (0.0,)),) * calls
@@ -246,7 +249,6 @@ class Prediction:
         shares: of GPUs x makespan, by cause, on average; they add up to 1.
         stage_hours: from a stage's start to its end, median.
         busy, idle, lost: GPU-hours, median: of kept work, of paid GPUs without any, and undone by deaths.
-        given_up: groups on average that a curation would leave for the command's next run.
         limit: the cause of most GPU-seconds.
     """
 
@@ -260,7 +262,6 @@ class Prediction:
     idle_gpu_hours: float
     lost_gpu_hours: float
     deaths: float
-    given_up: float
     busy_gpus: list[tuple[float, float]]
 
     @property
@@ -295,7 +296,6 @@ def predict(stages: Sequence[Stage], gpus: int, conditions: Conditions, price: f
         hours(*(cause for cause in CAUSES if cause not in ("computing", "lost", "away"))),
         hours("lost"),
         statistics.mean(run.deaths for run in runs),
-        statistics.mean(run.given_up for run in runs),
         runs[0].busy_gpus(),
     )
 

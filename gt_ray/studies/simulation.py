@@ -137,7 +137,6 @@ class Run:
         paid_gpu_s: of nodes that were there or starting.
         deaths: of nodes.
         groups_lost: by them.
-        given_up: groups that a curation would have given up on and left for the command's next run.
         placed: nodes that each block's groups ended on, by stage and number of the block.
     """
 
@@ -148,7 +147,6 @@ class Run:
     paid_gpu_s: float
     deaths: int
     groups_lost: int
-    given_up: int
     placed: dict[tuple[str, int], list[int]]
 
     def busy_gpus(self, points: int = 100) -> list[tuple[float, float]]:

@@ -14,6 +14,7 @@ import psutil
 
 from gt_ray.errors import UserError
 from gt_ray.events import ALIVE_S
+from gt_ray.studies.facts import finite
 
 State = Literal["waiting", "running", "done", "failed", "interrupted"]
 
@@ -206,8 +207,11 @@ def _event(line: bytes) -> dict[str, Any] | None:
         found = json.loads(line)
     except ValueError:
         return None
-    whole = isinstance(found, dict) and isinstance(found.get("t"), int | float)
-    return found if whole and all(isinstance(found.get(name), str) for name in ("stage", "event")) else None
+    if not isinstance(found, dict) or finite(found.get("t")) is None:
+        return None
+    whole = all(isinstance(found.get(name), str) for name in ("stage", "event"))
+    numbers = all(finite(found.get(name, 0)) is not None for name in ("pid", "created", "skipped"))
+    return found if whole and numbers else None
 
 
 def stages_of(events: Iterable[dict[str, Any]], planned: Sequence[str], now: float) -> tuple[Stage, ...]:

@@ -17,6 +17,7 @@ from gt_ray.config import Config
 from gt_ray.errors import UserError
 from gt_ray.events import ALIVE_S, events_file
 from gt_ray.studies.cells import Overrides, config_of, is_cell
+from gt_ray.studies.facts import finite
 from gt_ray.studies.stages import SILENT_S, Stage, State, last_process, read_events, stages_of
 
 STAGES = ("curate", "train", "train_controls", "clients", "generate", "ceilings", "baselines", "evaluate")
@@ -219,7 +220,7 @@ def _study(folder: Path, cells: Sequence[Path], now: float) -> list[Run]:
     except (AttributeError, TypeError) as error:
         raise UserError(f"{folder / 'study.json'} is damaged: {error}; run the study again") from error
     # Once all cells are named, folders of others are what an earlier study of this name left.
-    found += [run for run in by_name.values() if "waiting" not in tree or run.state == "running"]
+    found += [run for run in by_name.values() if "cells" not in tree or run.state == "running"]
     order: list[State] = ["done", "failed", "interrupted", "running", "waiting"]
     found.sort(key=lambda run: order.index(run.state))
     names = {run.folder: run.name for run in found}
@@ -250,8 +251,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _walls(folder: Path) -> dict[str, float]:
     """Of a run from before there were events."""
     with suppress(UserError):
-        walls = _read(folder / "wall.json").get("wall_s", {})
-        return {stage: float(wall) for stage, wall in walls.items()}
+        walls = _read(folder / "wall.json").get("wall_s")
+        found = {stage: finite(wall) for stage, wall in walls.items()} if isinstance(walls, dict) else {}
+        return {stage: wall for stage, wall in found.items() if wall is not None}
     return {}
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gt_ray.cluster import WANTED_GPUS
 from gt_ray.config import OF_STUDY, Config, load_config
 from gt_ray.curation.study import Study
 from gt_ray.errors import UserError
@@ -206,16 +208,24 @@ def _run(sweep: Sweep, parallel: int | None, max_device_hours: float | None) -> 
 
 
 def _at_once(sweep: Sweep, wanted: int | None) -> int:
-    """How many cells run at a time: no more than there is room for, or their trainings would wait for each other."""
+    """How many cells run at a time: no more than there is room for, or their trainings would wait for each other.
+
+    On a cluster that grows (GT_RAY_GPUS) there may be room for as many as are wanted.
+    """
     if wanted == 1 or len(sweep.cells) == 1:
         return 1
     most = places(sweep.configs)
-    if wanted and wanted > most:
-        say(
-            f"study {sweep.name}: this Ray cluster has room for {most} cells at a time; {wanted} would wait for "
-            "each other"
-        )
-    return min(wanted or most, most)
+    room = f"study {sweep.name}: this Ray cluster has room for {most} cells at a time"
+    if wanted is None:
+        if most < len(sweep.cells):
+            say(f"{room}, by the CPUs and GPUs that a cell may hold at once (--parallel)")
+        return most
+    if wanted > most and os.environ.get(WANTED_GPUS):
+        say(f"{room} as it is; {wanted} need nodes that have yet to come")
+        return wanted
+    if wanted > most:
+        say(f"{room}; {wanted} would wait for each other")
+    return min(wanted, most)
 
 
 def _complain(tree: dict[str, Any], sweep: Sweep, budget: float | None) -> None:

@@ -15,7 +15,7 @@ from gt_ray.errors import UserError
 from gt_ray.studies.curves import AHEAD, Curve
 from gt_ray.studies.facts import duration, finite, intervals_of, scores_of
 from gt_ray.studies.plots import Chart
-from gt_ray.studies.report import read_json
+from gt_ray.studies.report import read_history
 from gt_ray.studies.sheets import Cell, Sheet, mean_of, read_study
 from gt_ray.studies.study_charts import charts_of, fits_of
 from gt_ray.studies.sweep import Point, Sweep, mean_entry, sweep_of
@@ -160,7 +160,7 @@ def _common(tree: Mapping[str, Any]) -> list[str]:
 
 def _command(tree: Mapping[str, Any], folder: Path) -> str:
     """The command that makes the whole study, finished cells or not."""
-    waiting = [*(one["overrides"] for one in tree.get("failed") or ()), *(tree.get("waiting") or ())]
+    waiting = [*(one.get("overrides") or () for one in tree.get("failed") or ()), *(tree.get("waiting") or ())]
     cells = [list(map(str, one)) for one in [*(cell["overrides"] for cell in tree["cells"]), *waiting]]
     name, preset, common = str(tree.get("name") or folder.resolve().name), str(tree.get("preset", "")), _common(tree)
     command = ["gt-ray", "study", "--preset", preset, "--name", name]
@@ -190,9 +190,8 @@ def _lead(tree: Mapping[str, Any], cells: Sequence[Cell], sweep: Sweep) -> str:
 def _history(point: Point, name: str, notes: list[str]) -> list[dict[str, Any]]:
     """Of the Grad-Transformer of a row's first cell; empty where there is none, with a note where it is damaged."""
     try:
-        found = read_json(point.cells[0].folder / "grad_transformer" / "history.json") or []
-        return [entry for entry in found if isinstance(entry, dict)]
-    except (UserError, TypeError) as error:
+        return read_history(point.cells[0].folder)
+    except UserError as error:
         notes.append(f"No loss curve of row {name.partition(' ')[0]}: {error}.")
         return []
 
@@ -228,7 +227,7 @@ def _also(sweep: Sweep) -> list[str]:
 def _unfinished(tree: Mapping[str, Any]) -> Sheet | None:
     preset = shlex.join(_common(tree)) or "the preset as it is"
     rows = [
-        [shlex.join(map(str, one["overrides"])) or preset, "failed", str(one.get("error", ""))]
+        [shlex.join(map(str, one.get("overrides") or ())) or preset, "failed", str(one.get("error", ""))]
         for one in tree.get("failed") or ()
     ]
     rows += [[shlex.join(map(str, one)) or preset, "waiting", ""] for one in tree.get("waiting") or ()]

@@ -17,10 +17,11 @@ import numpy as np
 from gt_ray.errors import UserError
 from gt_ray.evaluation.run import scores_of_report
 from gt_ray.evaluation.summary import summarise
-from gt_ray.studies.axes import MADE_OF, Axis, Settings, axes_of, settings_of, varying
+from gt_ray.studies.axes import Axis, Settings, axes_of, settings_of, varying
 from gt_ray.studies.curves import NOTHING
 from gt_ray.studies.facts import finite, scores_of
 from gt_ray.studies.sheets import Cell, mean_of
+from gt_ray.tasks.data import holder_of
 
 RESAMPLES = 1000
 SEEDS_APART = "over seeds, as the mean of their reports: the rows' scores are not at hand"
@@ -77,15 +78,18 @@ class Point:
         return float(low), float(high)
 
     def _by_task(self, system: str) -> dict[str, list[tuple[float, float]]]:
-        """Task -> scores of clients and their standard errors; NaN where it is not known."""
-        found: dict[str, list[tuple[float, float]]] = {}
-        for cell in self.cells:
+        """Task -> scores of clients and their standard errors; NaN where it is not known. A client of several
+        mechanisms is one, with their means."""
+        found: dict[str, dict[tuple[int, str], list[tuple[float, float]]]] = {}
+        for number, cell in enumerate(self.cells):
             for row in cell.report.get("rows") or []:
                 if row.get("system") == system:
                     numbers = [finite(row.get(key)) for key in ("score", "se", "n_test")]
                     score, se, n = (float("nan") if one is None else one for one in numbers)
-                    found.setdefault(str(row.get("task")), []).append((score, se or _least_error(score, n)))
-        return {task: found[task] for task in sorted(found)}
+                    holder = number, holder_of(str(row.get("client")), str(row.get("label", "")))
+                    of_task = found.setdefault(str(row.get("task")), {})
+                    of_task.setdefault(holder, []).append((score, se or _least_error(score, n)))
+        return {task: [tuple(np.mean(one, axis=0)) for one in found[task].values()] for task in sorted(found)}
 
 
 def _least_error(score: float, n: float) -> float:
@@ -171,8 +175,8 @@ def mean_entry(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _series(axis: Axis, axes: Sequence[Axis], points: Sequence[Point]) -> list[Series]:
-    same = {axis.key, "tuples", *MADE_OF.get(axis.key, ())}
-    others = [one for one in axes if one.key not in same]
+    made_of = ("curation.shadows", "curation.snapshots") if axis.key == "tuples" else (axis.key, "tuples")
+    others = [one for one in axes if one.key not in (axis.key, *made_of)]
     groups: dict[str, list[Point]] = {}
     for point in points:
         fixed = ", ".join(f"{one.name} {one.text(point.settings)}" for one in others)
@@ -187,6 +191,6 @@ def _series(axis: Axis, axes: Sequence[Axis], points: Sequence[Point]) -> list[S
             placed = [(float(i), i) for i in range(len(group))]
         if len({x for x, _ in placed}) > 1:
             chosen = tuple(group[i] for _, i in placed)
-            also = [key for key in varying([one.settings for one in chosen]) if key not in same]
+            also = [key for key in varying([one.settings for one in chosen]) if key not in (axis.key, *made_of)]
             found.append(Series(axis, chosen, tuple(x for x, _ in placed), fixed, tuple(also)))
     return found

@@ -180,9 +180,12 @@ def time_bars(title: str, parts: Mapping[str, tuple[float, float]], whole: tuple
 
 
 def _distinct(texts: Sequence[str]) -> list[str]:
-    """Short texts; those that then look alike are numbered instead, as the rows of the table are in order."""
-    short = [text if len(text) <= 16 else f"{text[:15]}…" for text in texts]
-    return short if len(set(short)) == len(short) else [str(number) for number in range(1, len(texts) + 1)]
+    """Short texts, cut where they stay different: at the end, in the middle, at the front, or not at all."""
+    for front in (15, 7, 0):
+        short = [text if len(text) <= 16 else f"{text[:front]}…{text[front - 15 or len(text) :]}" for text in texts]
+        if len(set(short)) == len(set(texts)):
+            return short
+    return list(texts)
 
 
 def _short(text: str) -> str:

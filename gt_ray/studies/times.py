@@ -33,7 +33,7 @@ class Times:
     Attributes:
         tinylm_s: a client's fine-tune of the TinyLM.
         llm_s: the same data, the LLM.
-        generate_s: wall time of generating an adapter; none counts as nothing, as in the paper.
+        generate_s: generation of an adapter, refinement included; none counts as nothing, as in the paper.
         tinylm_shadows: how many fine-tunes the curation of the TinyLM was.
     """
 

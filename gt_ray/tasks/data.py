@@ -48,6 +48,20 @@ class Client:
         """Its population and, where a study has several, its mechanism: what a table has a column for."""
         return f"{self.population}, {self.label}" if self.label else self.population
 
+    @property
+    def holder(self) -> str:
+        """Whose rows they are: clients of several mechanisms are one organisation, and share rows and test rows."""
+        return holder_of(self.name, self.label)
+
+
+def holder_of(client: str, label: str) -> str:
+    """`Client.holder`, by name and label."""
+    return client.removesuffix(_suffix(label)) if label else client
+
+
+def _suffix(label: str) -> str:
+    return f"-{label.replace(' ', '-')}"
+
 
 @dataclass(frozen=True)
 class Group:
@@ -126,7 +140,7 @@ def _by_mechanisms(config: Config, clients: list[Client]) -> list[Client]:
         return [replace(client, mechanism=config.pair.tinylm.fine_tune.mechanism) for client in clients]
     labels = {mechanism_label(one): one for one in config.clients.mechanisms}
     return [
-        replace(client, name=f"{client.name}-{label.replace(' ', '-')}", mechanism=one, label=label)
+        replace(client, name=client.name + _suffix(label), mechanism=one, label=label)
         for label, one in labels.items()
         for client in clients
     ]

@@ -37,6 +37,8 @@ ABSENT = "absent"
 STALE_S = 24 * 3600
 CHUNK_BYTES = 8 * 2**20
 RENAMES = 5
+SEEN_S = 120
+"""How long what another node has written may take to be seen: NFS keeps for a minute that a file is absent."""
 AT_ONCE = 16
 """Units that are looked at together: an object store takes tens of milliseconds to answer, whatever it is asked."""
 
@@ -178,6 +180,22 @@ class UpdateStore:
         with self._open(key) as file:
             start = file.read(2**16)
             return Header.parse(start + file.read(max(0, Header.length(start) - len(start))))
+
+    def written(self, key: str) -> Header:
+        """The header of a unit that another node has just written.
+
+        Raises:
+            UserError: it is not to be seen: the node has another folder of this name.
+        """
+        for left in range(SEEN_S, -1, -1):
+            try:
+                return self.header(key)
+            except FileNotFoundError:
+                time.sleep(min(left, 1))
+        raise UserError(
+            f"another node has written unit {key}, and {self.location} does not have it here: name a store= that all "
+            "nodes see, a shared folder or s3://bucket/folder"
+        )
 
     def damage(self, key: str) -> str | None:
         """Why a unit is not whole, `ABSENT` or what is damaged; None if it is. Takes memory for a part of it only.

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from gt_ray.cluster import nodes
 from gt_ray.curation.run import run_fine_tunes
 from gt_ray.curation.study import Study
+from gt_ray.curation.worker import start_attempts
 from gt_ray.errors import UserError
 from tests.curation.conftest import (
     LIMIT_S,
@@ -94,6 +96,41 @@ def test_an_adapter_that_always_kills_its_worker_is_given_up_alone(
     assert set(units) == keys_of(study) - {deadly.key}
     for key in units:
         assert_same_unit(key, study, undisturbed)
+
+
+@pytest.mark.slow
+def test_workers_whose_node_went_away_did_not_die_of_what_they_did(two_nodes: Nodes) -> None:
+    import ray
+
+    with two_nodes.driver():
+        attempts = start_attempts()
+
+        def begin(node: Any) -> int:
+            return int(ray.get(attempts.begin.remote("a group", node.node_id)))
+
+        spot, other = two_nodes.working()
+        assert [begin(node) for node in (spot, other, spot, spot)] == [0, 1, 2, 3]
+        two_nodes.kill(spot)
+        while len(nodes()) > 2:
+            time.sleep(0.1)
+        assert [begin(other), begin(other)] == [1, 2]
+        ray.get(attempts.end.remote("a group"))
+        assert begin(other) == 2
+
+
+@pytest.mark.slow
+def test_a_store_that_nodes_do_not_share_is_an_error_at_the_first_unit(
+    two_nodes: Nodes, study_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def elsewhere() -> None:
+        from gt_ray.updates.store import UpdateStore
+
+        UpdateStore.write_file = lambda *_: None  # type: ignore[method-assign]
+
+    monkeypatch.setattr("gt_ray.updates.store.SEEN_S", 1)
+    study = Study.load(study_config(tmp_path))
+    with two_nodes.driver(elsewhere), pytest.raises(UserError, match=r"another node has written unit .* name a store="):
+        run_fine_tunes(study, jobs_of(study), "curate")
 
 
 @pytest.mark.slow

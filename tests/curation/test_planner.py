@@ -177,6 +177,20 @@ def test_a_model_of_two_pairs_is_planned_once() -> None:
     assert [row["model"] for row in rows] == ["embedded:tinylm", "embedded:llm", "embedded:llm"]
 
 
+def test_what_one_process_has_seen_of_a_gpu_others_need_not_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = [{"CPU": 8.0, "GPU": 4.0}]
+    config = load_config("embedded")
+    monkeypatch.setattr(planner, "_gpu_bytes", lambda: 80 * GB)
+    assert planner.gpus_as_seen([config], [{"CPU": 8.0}]) == {}
+    fixed = load_config("embedded", ["pair.tinylm.num_gpus=1", "pair.llm.num_gpus=1"])
+    assert planner.gpus_as_seen([fixed], cluster) == {}
+    environment = planner.gpus_as_seen([fixed, config], cluster)
+    monkeypatch.undo()
+    monkeypatch.setenv(*next(iter(environment.items())))
+    assert gpus_of_an_actor(ModelSettings(model="Qwen/Qwen2.5-32B-Instruct"), cluster) == 2
+    planner._gpu_bytes.cache_clear()
+
+
 @pytest.mark.ray
 def test_gpus_that_others_hold_are_an_error_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray

@@ -61,6 +61,8 @@ def test_setup_installs_the_pinned_packages(cluster: dict[str, Any]) -> None:
     names = ("setup_commands", "head_setup_commands", "worker_setup_commands")
     installs = [command for name in names for command in cluster[name] if "pip install" in command]
     assert installs and all("--constraint constraints.txt" in command for command in installs)
+    # A driver, which runs on the head, scores by vLLM where that can be imported.
+    assert any("vllm" in command.split() for command in cluster["setup_commands"])
 
 
 def test_no_work_lands_on_the_head(cluster: dict[str, Any]) -> None:

@@ -106,6 +106,15 @@ def test_a_wrong_field_and_a_wrong_type_are_found(tmp_path: Path) -> None:
     assert len(problems(made, {**manifest, "spec": {"suspend": "yes", "suspended": True}})) == 2
 
 
+def test_no_name_is_that_of_what_kuberay_makes() -> None:
+    """It keeps a cluster's token in a secret, and reaches its head by a service, that have the cluster's name."""
+    own = [one["metadata"]["name"] for one in RAY.values()]
+    assert len(set(own)) == len(own)
+    for name in RAY:
+        variables = [one for container in containers_of(name) for one in container["env"] if "valueFrom" in one]
+        assert variables and not {one["valueFrom"]["secretKeyRef"]["name"] for one in variables} & set(own)
+
+
 def test_there_is_one_of_each_kind() -> None:
     assert sorted(one["kind"] for one in RAY.values()) == sorted(CLUSTER_IN)
     assert {one["apiVersion"] for one in RAY.values()} == {"ray.io/v1"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -288,6 +289,19 @@ def test_the_interval_of_pgr_covers_the_truth_of_a_task_and_of_the_average(clien
             assert low < summary[name]["pgr"] < high
             covered.append(low <= truth <= high)
     assert np.mean(covered) > 0.85
+
+
+def test_a_client_of_several_mechanisms_is_one_client() -> None:
+    once = one_study(np.random.default_rng(0), {"drop": 6, "samsum": 4})
+    many = [
+        replace(one, client=replace(one.client, name=f"{one.client.name}-dp_sgd-{label}", label=f"dp_sgd {label}"))
+        for label in ("1", "4", "16")
+        for one in once
+    ]
+    assert {one.client.holder for one in many} == {one.client.name for one in once}
+    alone, together = summarise(once)["average"], summarise(many)["average"]
+    for entry in ("pgr_interval", "ours_minus"):
+        assert together[entry] == alone[entry], entry
 
 
 def test_log_likelihoods_are_compared_on_the_rows_that_have_them() -> None:

@@ -75,10 +75,17 @@ def test_epsilon_is_the_axis_of_private_fine_tunes_and_plain_ones_have_no_place_
 def test_epsilon_of_clients_is_an_axis_where_each_cell_has_one_mechanism() -> None:
     cells = [f"clients.mechanisms=[{{name: dp_sgd, epsilon: {epsilon}}}]" for epsilon in (1, 4)]
     found = [settings_of(load_config("embedded-figure7", [cell])) for cell in ("seed=0", "seed=1", *cells)]
-    (axis,) = axes_of(found)
-    assert axis.name == "epsilon of clients" and [axis.number(one) for one in found] == [None, None, 1, 4]
+    found.append(settings_of(load_config("embedded-figure7", ["clients.mechanisms=[sft]"])))
+    axis = axes_of(found)[0]
+    assert axis.name == "epsilon of clients" and [axis.number(one) for one in found] == [None, None, 1, 4, None]
     both = "clients.mechanisms=[sft, {name: dp_sgd, epsilon: 1}]"
     assert keys(axes_of([found[0], settings_of(load_config("embedded-figure7", [both]))])) == ["clients.mechanisms"]
+
+
+def test_models_of_one_last_name_are_told_apart() -> None:
+    cells = settings("pair.llm.model=/models/x/final", "pair.llm.model=/models/y/final", "pair.llm.model=/models/z")
+    (axis,) = axes_of(cells)
+    assert [axis.text(one) for one in cells] == ["/models/x/final", "/models/y/final", "/models/z"]
 
 
 def test_values_as_texts() -> None:

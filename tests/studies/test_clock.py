@@ -12,6 +12,7 @@ import torch
 from gt_ray.config import Config, load_config
 from gt_ray.curation.jobs import FineTuneJob
 from gt_ray.curation.study import Study
+from gt_ray.errors import UserError
 from gt_ray.studies.clock import devices_of_engines, devices_of_training, recorded, timed, times
 from gt_ray.updates.store import UnitMeta
 
@@ -51,7 +52,7 @@ def test_fine_tunes_count_by_their_units_whoever_made_them(study: Study) -> None
         _write(study, job, 3.0, device="H100", devices=2)
     for number, job in enumerate(study.client_jobs("llm")):
         _write(study, job, 5.0 + number, device="cpu")
-    with timed(study, "train", lambda _: 4.0), timed(study, "generate"):
+    with timed(study, "train", lambda _: 4.0), timed(study, "generate", lambda _: 3.0):
         pass
     found = times(study, study.client_jobs("llm"))
     stages, seconds = found["device_s"], found["times"]
@@ -62,7 +63,7 @@ def test_fine_tunes_count_by_their_units_whoever_made_them(study: Study) -> None
     assert seconds["provider"]["train_s"] == stages["train"] == pytest.approx(4 * found["wall_s"]["train"])
     assert seconds["client"]["tinylm_fine_tune_s"] == pytest.approx(0.5)
     assert seconds["client"]["llm_fine_tune_s"] == pytest.approx((5.0 + 6.0) / 2)
-    assert seconds["client"]["generate_s"] == pytest.approx(found["wall_s"]["generate"] / 2)
+    assert seconds["client"]["generate_s"] == pytest.approx(3 * found["wall_s"]["generate"] / 2)
     assert seconds["units"] == {"tinylm": 12, "llm": 12} and seconds["device"] == "H100"
     assert stages["curate"] == pytest.approx(12 * 0.5 + 12 * 6.0)
     assert stages["clients"] == pytest.approx(2 * 0.5) and stages["ceilings"] == pytest.approx(11.0)
@@ -80,3 +81,18 @@ def test_devices_are_gpus_or_cores() -> None:
     assert devices_of_engines(on_cpus) == cores
     on_gpus = load_config("embedded", ["grad_transformer.training.num_gpus=1", "evaluation.num_gpus=2"])
     assert devices_of_training(on_gpus) == 1.0 and devices_of_engines(on_gpus) == 4.0
+
+
+def test_a_gpu_that_cannot_be_looked_at_fails_no_stage_that_is_done(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(*_: object) -> float:
+        raise UserError("no GPU was free")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("gt_ray.cluster.nodes", lambda: [{"GPU": 8.0}])
+    monkeypatch.setattr("gt_ray.studies.clock.gpus_of_an_actor", taken)
+    with timed(study, "evaluate", devices_of_engines):
+        pass
+    found = recorded(study.config)
+    assert found["device_s"]["evaluate"] == found["wall_s"]["evaluate"] * study.config.evaluation.workers

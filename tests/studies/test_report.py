@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from gt_ray.config import load_config
 from gt_ray.errors import UserError
 from gt_ray.studies.report import print_populations, print_table, write_html
 from tests.studies.made_up import TIMES
@@ -268,10 +269,20 @@ def test_same_input_same_page(tmp_path: Path, html: str) -> None:
     assert page(tmp_path, full_report(), HISTORY) == html
 
 
-def test_config_is_mentioned_where_it_is(tmp_path: Path) -> None:
-    assert "config.yaml" not in page(tmp_path, MINIMAL)
-    (tmp_path / "config.yaml").write_text("preset: embedded\n")
-    assert "config.yaml" in page(tmp_path, MINIMAL)
+def test_the_command_makes_the_run_again_whatever_its_overrides(tmp_path: Path) -> None:
+    report = MINIMAL | {"seed": 3}
+    short = "<pre>gt-ray pipeline --preset embedded seed=3</pre>"
+    assert short in (html := page(tmp_path, report)) and "config.yaml" not in html
+    file = tmp_path / "config.yaml"
+    file.write_text(load_config("embedded", ["seed=3", f"runs={tmp_path}"]).to_yaml())
+    assert short in (html := page(tmp_path, report)) and '<a href="config.yaml">' in html
+    file.write_text(load_config("embedded", ["seed=3", "curation.samples=32"]).to_yaml())
+    assert "<pre>gt-ray pipeline --preset config.yaml</pre>" in page(tmp_path, report)
+
+
+@pytest.mark.parametrize("history", [[1, 2], {}, "x"])
+def test_a_history_that_is_none_is_passed_over(tmp_path: Path, history: Any) -> None:
+    assert "Loss (Eq. 10" not in page(tmp_path, MINIMAL, history)
 
 
 def test_missing_or_damaged_report(tmp_path: Path) -> None:

@@ -91,6 +91,11 @@ def test_without_controls_or_behaviour_there_is_less() -> None:
     assert stages["training"].pools[0].gpus == 8  # no LLM actors
 
 
+def test_engines_on_cpus_count_as_a_gpu_each() -> None:
+    found = {stage.name: stage for stage in study_of("8xH100", "evaluation.num_gpus=0").stages()}
+    assert found["evaluation"].pools[0].gpus == 1
+
+
 def test_further_pairs_are_refused(tiny: Config) -> None:
     two = load_config("embedded", [further_pair(load_config("embedded", []), root_seed=5)])
     with pytest.raises(UserError, match="a simulation is of one pair"):

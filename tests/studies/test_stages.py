@@ -210,7 +210,10 @@ def test_lines_that_are_no_events_are_passed_over(tmp_path: Path) -> None:
     file = tmp_path / "progress.jsonl"
     assert read_events(file) == []
     whole = b'{"t": 1, "stage": "train", "event": "start"}\n'
-    odd = b'\n[1]\n{"t": "x", "stage": "train", "event": "end"}\n{"t": 1}\n\xff\xfe\n{"t": 2, "stage": "tra'
+    odd = b'\n[1]\n{"t": "x", "stage": "train", "event": "end"}\n{"t": 1}\n\xff\xfe\n'
+    odd += b'{"t": NaN, "stage": "train", "event": "end"}\n'
+    odd += b'{"t": 1, "stage": "train", "event": "start", "pid": null}\n'
+    odd += b'{"t": 1, "stage": "train", "event": "progress", "skipped": "x"}\n{"t": 2, "stage": "tra'
     file.write_bytes(whole + odd)
     assert [event["event"] for event in read_events(file)] == ["start"]
     assert stages_of(read_events(file), (), 1000.0)[0].state == "interrupted"

@@ -132,12 +132,26 @@ def test_a_failed_cell_that_is_tried_again_runs(tmp_path: Path) -> None:
 
 
 def test_the_error_of_a_cell_that_failed_before_its_first_stage(tmp_path: Path) -> None:
-    folder = write_study(
-        tmp_path / "runs" / "sizes", failed=[{"overrides": [], "error": "no rows of drop"}], waiting=[]
-    )
+    folder = write_study(tmp_path / "runs" / "sizes", failed=[{"overrides": [], "error": "no rows of drop"}])
     found = read_status(folder)
     assert (found.runs[0].name, found.runs[0].failures) == ("the preset as it is", ("no rows of drop",))
     assert found.state == "failed" and found.ended
+
+
+def test_what_an_earlier_form_of_a_finished_study_left_is_no_cell_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "sizes"
+    done = make_cell(folder, ("seed=1",), *finished(0, STAGE_S, GONE))
+    make_cell(folder, ("seed=2",), started(0, "curate", GONE), (5, "curate", "failed", {"note": "no"}))
+    write_study(folder, cells=[{"overrides": ["seed=1"], "report": f"{done.name}/report.json"}])
+    found = read_status(folder, T0 + 10_000)
+    assert found.state == "done" and [run.name for run in found.runs] == ["seed=1"]
+
+
+@pytest.mark.parametrize("walls", [{"wall_s": None}, {"wall_s": []}, {"wall_s": {"curate": "x"}}])
+def test_damaged_times_are_passed_over(tmp_path: Path, walls: object) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "wall.json").write_text(json.dumps(walls))
+    assert all(stage.elapsed_s is None for stage in read_status(run).runs[0].stages)
 
 
 def test_shared_work_of_a_study_comes_first(tmp_path: Path) -> None:

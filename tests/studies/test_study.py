@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 import ray
 
+from gt_ray.cluster import WANTED_GPUS
 from gt_ray.config import load_config, split_overrides
 from gt_ray.errors import UserError
 from gt_ray.studies.graph import Node, Outcome, graph_of, needed, run_graph
 from gt_ray.studies.status import read_status
-from gt_ray.studies.study import Sweep, run_study
+from gt_ray.studies.study import Sweep, _at_once, run_study
 from gt_ray.studies.study_plan import plan_configs, plan_sweep
 from gt_ray.updates.files import alone
 from tests.conftest import TINY_OVERRIDES
@@ -205,6 +207,29 @@ def test_nodes_side_by_side_share_a_budget(ray_cluster: None, tmp_path: Path, mo
     done = list(run_graph(nodes, 2, lambda: 170 - spent()))
     assert len(done) >= 2 and sum(not outcome.out_of_budget for _, outcome in done) >= 1
     assert spent() == pytest.approx(170, abs=0.1)
+
+
+@pytest.mark.ray
+def test_nodes_side_by_side_need_not_look_at_a_gpu(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(node: Node, most_s: float | None) -> Outcome:
+        return Outcome(1.0, {"seen": os.environ.get("GT_RAY_GPU_BYTES")})
+
+    monkeypatch.setattr("gt_ray.studies.graph.run_node", run)
+    monkeypatch.setattr("gt_ray.studies.graph.gpus_as_seen", lambda *_: {"GT_RAY_GPU_BYTES": "7"})
+    done = list(run_graph(graph_of([CONFIG], [["a"]]), 2, lambda: None))
+    assert [outcome.report for _, outcome in done] == 2 * [{"seen": "7"}]
+
+
+def test_cells_at_a_time_follow_from_the_cluster_and_may_be_more_where_it_grows(
+    common: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gt_ray.studies.study.places", lambda _: 2)
+    sweep = Sweep("embedded", common, [["seed=0"], ["seed=1"], ["seed=2"]], "sweep")
+    assert _at_once(sweep, None) == 2 and "room for 2 cells at a time, by" in capsys.readouterr().err
+    assert _at_once(sweep, 3) == 2 and "3 would wait for each other" in capsys.readouterr().err
+    monkeypatch.setenv(WANTED_GPUS, "8")
+    assert _at_once(sweep, 3) == 3 and "3 need nodes that have yet to come" in capsys.readouterr().err
+    assert _at_once(sweep, 2) == 2 and not capsys.readouterr().err
 
 
 def test_units_that_others_made_are_not_spent(common: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

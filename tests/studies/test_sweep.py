@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gt_ray.studies.facts import essentials
 from gt_ray.studies.sheets import read_study
 from gt_ray.studies.sweep import SEEDS_APART, Sweep, sweep_of
 from tests.studies.made_up import FIGURE_7, MAIN, made_up_study, rising
@@ -72,6 +73,20 @@ def test_an_error_that_is_not_known_makes_no_interval(tmp_path: Path) -> None:
     assert tree["name"] == "a"
 
 
+def test_a_client_of_several_mechanisms_is_one_client(tmp_path: Path) -> None:
+    _, (cell,) = read_study(made_up_study(tmp_path / "a", [""], clients=5))
+    (alone,) = sweep_of([cell]).points
+    before = alone.interval("P_T")
+    rows = [
+        row | {"client": f"{row['client']}-dp_sgd-{label}", "label": f"dp_sgd {label}"}
+        for row in cell.report["rows"]
+        for label in (1, 4, 16)
+    ]
+    cell.report["rows"] = rows
+    assert sweep_of([cell]).points[0].interval("P_T") == pytest.approx(before)
+    assert essentials(cell.report).startswith("5 clients, 200 test rows")
+
+
 def test_several_tasks_weigh_alike(tmp_path: Path) -> None:
     folder = made_up_study(tmp_path / "a", ["data.tasks=[aqua_rat,drop]"], clients=2)
     (point,) = sweep(folder).points
@@ -119,6 +134,14 @@ def test_private_clients_are_swept_over_their_epsilon(tmp_path: Path) -> None:
         "epsilon of clients; clients of a task 2": (1, 4, 16),
     }
     assert all(one.axis.is_log and not one.also for one in found)
+
+
+def test_clients_of_other_mechanisms_are_a_line_of_their_own(tmp_path: Path) -> None:
+    cells = [f"clients.mechanisms='[{{name: dp_sgd, epsilon: {e}, row_norm: {n}}}]'" for n in (0.1, 1) for e in (1, 4)]
+    found = sweep(made_up_study(tmp_path / "a", ["clients.mechanisms=[sft]", *cells])).series
+    lines = [one for one in found if one.axis.key == "clients.epsilon"]
+    assert [one.x for one in lines] == [(1, 4), (1, 4)] and len({one.title for one in lines}) == 2
+    assert all(not one.also for one in lines)
 
 
 def test_points_without_a_place_on_the_axis_are_left_out_and_names_come_one_after_the_other(tmp_path: Path) -> None:

@@ -188,6 +188,19 @@ def test_a_damaged_unit_is_named_counts_as_missing_and_is_redone(
     assert not list(folder(store).glob(".partial-*"))
 
 
+def test_what_another_node_wrote_may_take_a_while_to_be_seen(
+    store: UpdateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gt_ray.updates.store.SEEN_S", 3)
+    file, hidden = unit_file(store), folder(store) / "hidden"
+    file.rename(hidden)
+    monkeypatch.setattr("time.sleep", lambda _: hidden.rename(file))
+    assert store.written(KEY).meta.made_by == META.made_by
+    with pytest.raises(UserError, match=r"another node has written unit absent, and .* does not have it here: name a "):
+        monkeypatch.setattr("time.sleep", lambda _: None)
+        store.written("absent")
+
+
 def test_a_unit_that_is_there_is_not_written_again(store: UpdateStore) -> None:
     store.write(KEY, snapshots(5), META)
     assert torch.equal(store.read(KEY)[0], snapshots())
