@@ -19,12 +19,13 @@ def test_failed_fine_tunes_are_counted_and_told(tiny: Config, monkeypatch: pytes
     study = Study.load(tiny)
     jobs = study.shadow_jobs("tinylm")
 
-    def stream(_study: Study, _jobs: Any, keys: set[str]) -> Iterator[tuple[str, str]]:
+    def stream(_study: Study, _jobs: Any, keys: set[str]) -> Iterator[tuple[str, str, str]]:
         for number, job in enumerate(jobs):
             assert job.key in keys
-            yield job.key, "shadow 3: no <b>memory</b>" if number in (3, 7) else ""
+            yield job.key, "shadow 3: no <b>memory</b>" if number in (3, 7) else "", "a node"
 
     monkeypatch.setattr(run, "_stream", stream)
+    monkeypatch.setattr(study.store, "written", lambda key: None)
     with pytest.raises(UserError, match="2 of 12 fine-tunes failed"), recording(tiny.run_folder), during("curate"):
         run.run_fine_tunes(study, jobs, "curate")
     (curate,) = read_status(tiny.run_folder).runs[0].stages
