@@ -102,7 +102,7 @@ def _print_plan(
     console.print(grid)
     console.print(
         "GPU-hours and hours are those of `gt-ray plan`, a dash where training does not fit; as measured: device-hours "
-        "by fine-tunes of the same kind in the store, or by finished cells. Baselines and starts are not counted."
+        "by fine-tunes of the same kind in the store, or by finished cells. Starts are not counted."
     )
     for n, cell in enumerate(cells):
         console.print(f"cell {n + 1}: {' '.join(cell) or 'the preset as it is'}", highlight=False, markup=False)
