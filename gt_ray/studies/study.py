@@ -61,7 +61,7 @@ class Sweep:
         known = (_finished(*both) for both in zip(self.configs, self.contents, strict=True))
         self.reports = {number: report for number, report in enumerate(known) if report is not None}
         self.errors: dict[int, str] = {}
-        self.walls: dict[str, float] = {}
+        self.walls = self._earlier_walls()
         self._spent: dict[str, float] = {}
 
     def left(self, side_by_side: bool = False) -> list[Node]:
@@ -71,7 +71,7 @@ class Sweep:
 
     def done(self, node: Node, outcome: Outcome) -> None:
         """Take note of a node, and write `study.json`."""
-        self.walls[node.name] = outcome.wall_s
+        self.walls[node.name] = self.walls.get(node.name, 0.0) + outcome.wall_s
         if node.kind == "cell" and outcome.report:
             self.reports[node.cell] = outcome.report
             content = json.dumps({"config": self.contents[node.cell]})
@@ -106,6 +106,19 @@ class Sweep:
         cells = [study.config for study in self.studies]
         stages = [recorded(config)["device_s"] for config in (*cells, *map(shared_run, cells))]
         return sum(self._spent.values()) + sum(s for one in stages for name, s in one.items() if name not in OF_UNITS)
+
+    def _earlier_walls(self) -> dict[str, float]:
+        """Wall time by node of earlier runs of the same cells."""
+        told = _read(self.folder / "study.json")
+        try:
+            before = [
+                *(one["overrides"] for one in [*told["cells"], *told.get("failed", ())]),
+                *told.get("waiting", ()),
+            ]
+            same = sorted(before) == sorted(self.cells) and told["overrides"] == self.common
+            return {name: float(wall) for name, wall in told["wall_s"].items()} if same else {}
+        except (AttributeError, KeyError, TypeError, ValueError):  # absent or damaged
+            return {}
 
     def _found(self) -> dict[str, set[str]]:
         """Units that were there before the study, and all that it has known of; cells may be added later."""
@@ -195,6 +208,8 @@ def _run(sweep: Sweep, parallel: int | None, max_device_hours: float | None) -> 
 
         for node, outcome in run_graph(sweep.left(parallel > 1), parallel, left_s):
             sweep.done(node, outcome)
+    else:
+        say(f"study {sweep.name}: nothing to do, all {len(sweep.cells)} cells are done")
     tree = sweep.tree()
     if len(cells := sweep.cells) == len(sweep.reports) > 1 and all(key.startswith("seed=") for c in cells for key in c):
         tree["populations"] = _over_seeds(sweep)

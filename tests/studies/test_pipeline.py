@@ -252,8 +252,8 @@ def test_a_study_runs_cells_once_and_shares_units(
     for cell in tree["cells"]:
         assert json.loads((folder / cell["report"]).read_text())["summary"] == cell["summary"]
     assert "curate: nothing to do" in capsys.readouterr().err  # the second cell
-    run_study("embedded", common, cells, "pools")
-    assert "cell 2 of 2 is done" in capsys.readouterr().err
+    again = run_study("embedded", common, cells, "pools")
+    assert "study pools: nothing to do, all 2 cells are done" in capsys.readouterr().err and again == tree
     with pytest.raises(UserError, match="two cells are the same"):
         run_study("embedded", common, [[], []], "same")
 

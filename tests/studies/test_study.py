@@ -232,6 +232,19 @@ def test_cells_at_a_time_follow_from_the_cluster_and_may_be_more_where_it_grows(
     assert _at_once(sweep, 2) == 2 and not capsys.readouterr().err
 
 
+def test_wall_times_of_earlier_runs_of_the_same_cells_are_kept(common: list[str]) -> None:
+    cells = [["seed=0"], ["seed=1"]]
+    first = Sweep("embedded", common, cells, "sweep")
+    first.done(first.graph[0], Outcome(5.0))
+    again = Sweep("embedded", common, cells, "sweep")
+    assert again.walls == {first.graph[0].name: 5.0}
+    again.done(again.graph[0], Outcome(2.0))
+    assert Sweep("embedded", common, cells, "sweep").walls == {first.graph[0].name: 7.0}
+    assert Sweep("embedded", common, [["seed=2"], *cells], "sweep").walls == {}
+    (first.folder / "study.json").write_text('{"cells": [1]}')
+    assert Sweep("embedded", common, cells, "sweep").walls == {}
+
+
 def test_units_that_others_made_are_not_spent(common: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     there: dict[str, float] = {}
     monkeypatch.setattr("gt_ray.studies.study.unit_device_s", lambda _, keys: {key: there.get(key) for key in keys})
