@@ -229,7 +229,9 @@ def test_predictions_are_over_seeds() -> None:
 @pytest.mark.slow
 def test_real_raylets_give_out_blocks_as_the_simulation_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two raylets, twelve groups, of which one lasts as long as all others together many times over."""
-    from benchmarks.simulation_check import SHADOWS, predicted, run_sleeping, small_config
+    # As benchmarks/simulation.py does: opacus has a package `benchmarks`, too.
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from simulation_check import SHADOWS, predicted, run_sleeping, small_config
 
     monkeypatch.setenv("RAY_TMPDIR", tempfile.mkdtemp(prefix="gt-ray-"))
     times = {"llm": [40.0, *[0.1] * (SHADOWS - 1)], "tinylm": [0.1] * SHADOWS}
