@@ -1,6 +1,6 @@
 # `make` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check test-all lint types format clean
+.PHONY: help setup demo serve test check test-all test-presets lint types format clean
 
 PRESET ?= embedded
 ARGS ?=
@@ -10,10 +10,10 @@ RUN := .venv/bin/python
 HAS_GPU = $(shell nvidia-smi -L 2>/dev/null)
 
 # No test needs a model hub; this turns a hidden download into an error.
-test check test-all: export HF_HUB_OFFLINE := 1
+test check test-all test-presets: export HF_HUB_OFFLINE := 1
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
 
 setup: ## build .venv (minutes the first time, nothing when it is up to date)
 	@$(PYTHON) scripts/setup.py
@@ -33,8 +33,13 @@ test: check ## lint, types and every test but the slow and GPU ones
 check: lint types ## lint, types and the quick tests (no Ray, no vLLM), two at once
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(QUICK)"
 
-test-all: check ## lint, types and every test that this machine can run
-	$(RUN) -m pytest -m "not ($(QUICK))$(if $(HAS_GPU),, and not gpu)"
+PRESETS := tests/studies/test_dry_runs.py
+
+test-all: check ## lint, types and every test that this machine can run but those of test-presets (an hour)
+	$(RUN) -m pytest --ignore $(PRESETS) -m "not ($(QUICK))$(if $(HAS_GPU),, and not gpu)"
+
+test-presets: setup ## each preset of real models on tiny models, from curation to the table (another hour)
+	$(RUN) -m pytest $(PRESETS)
 
 lint: setup ## ruff: rules and format
 	$(RUN) -m ruff check .
