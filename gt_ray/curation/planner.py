@@ -215,7 +215,7 @@ def gpus_as_seen(configs: Sequence[Config], nodes: Nodes) -> dict[str, str]:
 
     Once others are at work there may be no GPU left to be looked at.
     """
-    models = [getattr(pair, side) for config in configs for pair in config.pairs for side in ("tinylm", "llm")]
+    models = (settings for config in configs for settings in unit_counts(config))
     look = total(nodes, "GPU") > 0 and any(settings.num_gpus == "auto" for settings in models)
     return {GPU_BYTES: str(_gpu_bytes())} if look else {}
 

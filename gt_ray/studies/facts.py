@@ -117,10 +117,10 @@ def essentials(report: Mapping[str, Any]) -> str:
     tested: dict[str, dict[str, int]] = {}
     for row in rows:
         if "n_test" in row:
-            tested.setdefault(row["task"], {})[_holder(row)] = row["n_test"]
+            tested.setdefault(row["task"], {})[holder(row)] = row["n_test"]
     wall = sum(walls_of(report).values())
     counts = sorted({sum(clients.values()) for clients in tested.values()})
-    clients = len({(row["task"], _holder(row)) for row in rows})
+    clients = len({(row["task"], holder(row)) for row in rows})
     parts = [
         f"{clients} client{'s' * (clients != 1)}" if clients else "",
         f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} test rows a task" if counts else "",
@@ -131,7 +131,8 @@ def essentials(report: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, parts))
 
 
-def _holder(row: Mapping[str, Any]) -> str:
+def holder(row: Mapping[str, Any]) -> str:
+    """Whose rows a report's row is about, whatever the mechanism."""
     return holder_of(str(row["client"]), str(row.get("label", "")))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gt_ray.config import OF_STUDY, PLACES, load_config
 from gt_ray.errors import UserError
+from gt_ray.studies.cells import is_cell
 from gt_ray.studies.facts import (
     CERTAINTY,
     GAP,
@@ -34,6 +33,7 @@ from gt_ray.studies.facts import (
     essentials,
     finite,
     grid_of,
+    holder,
     intervals_of,
     label_of,
     lead,
@@ -48,7 +48,6 @@ from gt_ray.studies.facts import (
 from gt_ray.studies.plots import bars, curves, fans, forest, role_of
 from gt_ray.studies.sheets import print_sheets
 from gt_ray.studies.times import time_tables
-from gt_ray.tasks.data import holder_of
 from gt_ray.updates.files import write_atomically
 
 IN_FANS = ("P_S", "ours", "P_T")
@@ -219,13 +218,9 @@ def _score_charts(report: Mapping[str, Any]) -> dict[str, Markup]:
 
 def _command(report: Mapping[str, Any], run_folder: Path) -> str:
     """The command that makes the run again: from its preset, or where it had further overrides from its config."""
-    file, short = run_folder / "config.yaml", command_of(report)
-    if not file.is_file():
-        return short
-    with suppress(UserError, KeyError):  # a preset that is no longer there
-        config, plain = load_config(str(file)), load_config(str(report["preset"]), [f"seed={report['seed']}"])
-        if config == plain.model_copy(update={name: getattr(config, name) for name in PLACES | OF_STUDY}):
-            return short
+    plain = is_cell(run_folder, str(report.get("preset")), (f"seed={report.get('seed')}",))
+    if plain or not (run_folder / "config.yaml").is_file():
+        return command_of(report)
     return "gt-ray pipeline --preset config.yaml"
 
 
@@ -242,9 +237,8 @@ def _mechanism_charts(report: Mapping[str, Any]) -> dict[str, Markup]:
     labels = list(dict.fromkeys(str(row["label"]) for row in report.get("rows") or [] if "label" in row))
     for row in report.get("rows") or []:
         if "label" in row and row["system"] in IN_FANS:
-            client = holder_of(str(row["client"]), str(row["label"]))
             systems = found.setdefault(row["task"], {})
-            systems.setdefault(row["system"], {}).setdefault(client, {})[str(row["label"])] = row["score"]
+            systems.setdefault(row["system"], {}).setdefault(holder(row), {})[str(row["label"])] = row["score"]
     charts = {}
     for task, systems in found.items() if len(labels) > 1 else ():
         lines = {

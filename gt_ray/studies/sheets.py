@@ -94,6 +94,12 @@ def read_study(folder: Path) -> tuple[dict[str, Any], list[Cell]]:
     return tree, list(map(Cell, configs, reports, places, overrides))
 
 
+def all_cells(tree: Mapping[str, Any]) -> list[list[str]]:
+    """Overrides of all cells that `study.json` names: finished, failed and waiting ones."""
+    done = [one.get("overrides") or () for one in (*tree["cells"], *(tree.get("failed") or ()))]
+    return [list(map(str, one)) for one in (*done, *(tree.get("waiting") or ()))]
+
+
 def changed_settings(tree: Mapping[str, Any], config: Config) -> list[str]:
     """Overrides of a study, for all cells or for one, that its preset does not have.
 

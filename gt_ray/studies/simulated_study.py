@@ -222,9 +222,8 @@ class SimulatedStudy:
         """Calls of rows on engines of the LLM; as many as fit, unless the config says how many."""
         settings = self.config.evaluation
         auto = settings.num_gpus == "auto"
-        gpus = float(
-            settings.vllm.tensor_parallel if auto else settings.num_gpus or 1
-        )  # 0 means CPUs, which nothing here has
+        # 0 means CPUs, which nothing here has.
+        gpus = float(settings.vllm.tensor_parallel if auto else settings.num_gpus or 1)
         gpu_s, rows = self.hours.evaluation()
         calls = max(1, -(-rows // CALL_ROWS))
         blocks = (Block("engine", (gpu_s / gpus / calls,), (0.0,)),) * calls

@@ -28,6 +28,7 @@ from gt_ray.studies.graph import (
     shared_run,
 )
 from gt_ray.studies.paper import write_table
+from gt_ray.studies.sheets import all_cells
 from gt_ray.studies.study_report import write_study_report
 from gt_ray.updates.files import alone, write_atomically
 from gt_ray.updates.store import UpdateStore, unit_key
@@ -111,11 +112,7 @@ class Sweep:
         """Wall time by node of earlier runs of the same cells."""
         told = _read(self.folder / "study.json")
         try:
-            before = [
-                *(one["overrides"] for one in [*told["cells"], *told.get("failed", ())]),
-                *told.get("waiting", ()),
-            ]
-            same = sorted(before) == sorted(self.cells) and told["overrides"] == self.common
+            same = sorted(all_cells(told)) == sorted(self.cells) and told["overrides"] == self.common
             return {name: float(wall) for name, wall in told["wall_s"].items()} if same else {}
         except (AttributeError, KeyError, TypeError, ValueError):  # absent or damaged
             return {}

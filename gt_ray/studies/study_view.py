@@ -16,7 +16,7 @@ from gt_ray.studies.curves import AHEAD, Curve
 from gt_ray.studies.facts import duration, finite, intervals_of, scores_of
 from gt_ray.studies.plots import Chart
 from gt_ray.studies.report import read_history
-from gt_ray.studies.sheets import Cell, Sheet, mean_of, read_study
+from gt_ray.studies.sheets import Cell, Sheet, all_cells, mean_of, read_study
 from gt_ray.studies.study_charts import charts_of, fits_of
 from gt_ray.studies.sweep import Point, Sweep, mean_entry, sweep_of
 from gt_ray.studies.times import device_s_of, time_tables
@@ -160,8 +160,7 @@ def _common(tree: Mapping[str, Any]) -> list[str]:
 
 def _command(tree: Mapping[str, Any], folder: Path) -> str:
     """The command that makes the whole study, finished cells or not."""
-    waiting = [*(one.get("overrides") or () for one in tree.get("failed") or ()), *(tree.get("waiting") or ())]
-    cells = [list(map(str, one)) for one in [*(cell["overrides"] for cell in tree["cells"]), *waiting]]
+    cells = all_cells(tree)
     name, preset, common = str(tree.get("name") or folder.resolve().name), str(tree.get("preset", "")), _common(tree)
     command = ["gt-ray", "study", "--preset", preset, "--name", name]
     whole = None
